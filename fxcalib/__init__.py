@@ -1,0 +1,1 @@
+"""fxcalib: a graph compiler for post-training calibration and quantization."""

@@ -1,0 +1,98 @@
+"""What a compression algorithm is to the rest of fxcalib: five methods that the executor calls, nothing else.
+
+A modifier never loops over batches, never moves tensors between devices and keeps no global state. The executor calls
+
+    attach(model)                    once, before anything runs
+    with observe(scope): ...         around the calibration pass of each subgraph; hooks live only inside
+    commit(scope)                    after that pass: statistics -> new weights and quantization parameters
+    detach(model)                    once, at the end
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an attached modifier asks of the schedule. Names are qualified module names of the model."""
+
+    observed: frozenset[str] = frozenset()
+    """Modules whose calls must be observed on data before `commit`."""
+    committed: frozenset[str] = frozenset()
+    """Modules that `commit` changes."""
+
+
+@dataclass
+class CurrentBatch:
+    """The batch that is running: the executor writes it before each forward, hooks read it."""
+
+    index: int = -1
+    """Position in the calibration data, from 0."""
+    token_mask: torch.Tensor | None = None
+    """(batch, sequence) bool, true where a token is real; None where nothing is padded."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a modifier may see while one subgraph is calibrated."""
+
+    model: nn.Module
+    index: int
+    """Number of the subgraph, from 0."""
+    modules: Mapping[str, nn.Module]
+    """Every module that the subgraph runs, in call order, descendants included: qualified name -> module."""
+    batch: CurrentBatch = field(default_factory=CurrentBatch)
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """What `commit` did to one module."""
+
+    name: str
+    """Qualified module name."""
+    scheme: str
+    """Readable scheme, such as `int4 group 64 symmetric`."""
+    error: float | None
+    """Relative squared error, 0 for none; None where it was not measured."""
+    measure: str
+    """What `error` is relative to: `output` (activations of the calibration data) or `weight`."""
+    seconds: float
+    notes: tuple[str, ...] = ()
+    """What went another way than asked, such as `damping raised to 0.1: Hessian was singular`."""
+
+
+class Modifier(ABC):
+    """A compression algorithm. Subclasses hold their settings and, between `attach` and `detach`, their statistics."""
+
+    @property
+    @abstractmethod
+    def needs_data(self) -> bool:
+        """Whether calibration data is needed at all; known before `attach`."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the attached modifier asks of the schedule; valid after `attach`."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> None:
+        """Resolve targets and put schemes and quantization parameters onto modules."""
+
+    @abstractmethod
+    def observe(self, scope: Scope) -> AbstractContextManager[None]:
+        """Collect statistics of the scope's modules while the context is open."""
+
+    @abstractmethod
+    def commit(self, scope: Scope) -> list[ModuleResult]:
+        """Turn statistics into the new weights and quantization parameters of the scope's modules."""
+
+    @abstractmethod
+    def detach(self, model: nn.Module) -> None:
+        """Freeze what was attached; drop all statistics."""
