@@ -1,0 +1,85 @@
+"""How an opaque module gets its fake results: from a run on fakes, once per distinct class, arguments and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcalib.tracing.structure import PLAIN, flatten, is_symbolic, unflatten
+from fxcalib.tracing.torch_private import free_unbacked_symbols
+
+
+class LeafCache:
+    """Fake results of module calls that differ in nothing a result's metadata can depend on."""
+
+    def __init__(self) -> None:
+        self._reprs: dict[int, str] = {}
+        self._results: dict[tuple[Any, ...], tuple[Any, list[tuple[Any, ...]]]] = {}
+
+    def call(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The result of `run(*args, **kwargs)`, the forward of `module` on fakes."""
+        leaves, structure = flatten((args, kwargs))
+        described = [_describe(leaf) for leaf in leaves]
+        if any(d is None for d in described):  # an object that the call may change: it has to run
+            return run(*args, **kwargs)
+        key = (type(module), self._repr(module), str(structure), _parameters(module), tuple(described))
+        if key in self._results:
+            spec, templates = self._results[key]
+            return unflatten(spec, *[_instantiate(template, leaves) for template in templates])
+        versions = [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in leaves]
+        result = run(*args, **kwargs)
+        unchanged = all(
+            not isinstance(leaf, torch.Tensor) or leaf._version == version
+            for leaf, version in zip(leaves, versions, strict=True)
+        )
+        results, spec = flatten(result)
+        templates = [_template(value, leaves) for value in results]
+        if unchanged and all(template is not None for template in templates):
+            self._results[key] = (spec, [t for t in templates if t is not None])
+        return result
+
+    def _repr(self, module: nn.Module) -> str:
+        if id(module) not in self._reprs:  # taken once: a module may change its own repr while it runs
+            self._reprs[id(module)] = repr(module)
+        return self._reprs[id(module)]
+
+
+def _parameters(module: nn.Module) -> tuple[Any, ...]:
+    parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters())
+    return (*parameters, *((name, tuple(b.shape), b.dtype) for name, b in module.named_buffers()))
+
+
+def _describe(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (str(tuple(leaf.shape)), str(leaf.stride()), leaf.dtype, str(leaf.device), leaf.storage_offset() == 0)
+    if is_symbolic(leaf):
+        return str(leaf.node.expr)
+    if isinstance(leaf, PLAIN):
+        return (type(leaf).__name__, repr(leaf))
+    return None
+
+
+def _template(value: Any, leaves: list[Any]) -> tuple[Any, ...] | None:
+    if isinstance(value, torch.Tensor):
+        for index, leaf in enumerate(leaves):
+            if leaf is value:
+                return ("argument", index)
+        storage = value.untyped_storage()._cdata
+        if any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == storage for x in leaves):
+            return None  # a view of an argument: the alias would be lost
+        if any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in value.shape):
+            return None
+        return ("tensor", tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+    return ("plain", value) if isinstance(value, PLAIN) else None
+
+
+def _instantiate(template: tuple[Any, ...], leaves: list[Any]) -> Any:
+    if template[0] == "argument":
+        return leaves[template[1]]
+    if template[0] == "tensor":
+        _, shape, stride, dtype, device = template
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return template[1]

@@ -1,0 +1,150 @@
+"""The value that tracing makes: a graph over the live model, and what it assumes of a batch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+
+from fxcalib.tracing.errors import GuardError
+from fxcalib.tracing.guards import Guard, LeafCheck
+from fxcalib.tracing.structure import unflatten
+from fxcalib.tracing.targets import Targets
+from fxcalib.tracing.tracer import Recording
+
+
+@dataclass(frozen=True)
+class BoundBatch:
+    """A batch that satisfies all guards of a trace."""
+
+    inputs: Mapping[str, Any]
+    """Placeholder name -> tensor."""
+    signature: tuple[Any, ...]
+    """Sizes of all leaves of the batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class TracedModel:
+    """The graph of `model`'s forward with its sequential targets (and all other called modules) as opaque nodes.
+
+    Nodes: placeholders for the tensors of a batch, `call_module` on live modules by qualified name, `call_function` for the
+    glue between them, `get_attr` for weights and constants that the glue reads, one output.
+    """
+
+    model: nn.Module
+    targets: Targets
+    recording: Recording
+    device: torch.device
+    """Where the graph is to be run."""
+    seconds: float
+    """What tracing took."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.recording.graph
+
+    @property
+    def leaf_checks(self) -> Mapping[fx.Node, LeafCheck]:
+        return self.recording.leaf_checks
+
+    @cached_property
+    def guards(self) -> tuple[Guard, ...]:
+        """Every assumption that the trace has baked in, with the model's source line."""
+        return (*self.recording.shape_guards.listed(), *(v.guard for v in self.recording.value_guards))
+
+    @cached_property
+    def symbols(self) -> Mapping[sympy.Symbol, sympy.Symbol]:
+        """Readable names of symbolic sizes: `batch` and `sequence` for the first input of two or more dimensions."""
+        named: dict[sympy.Symbol, sympy.Symbol] = {}
+        taken: set[str] = set()
+        for name, value in zip(self.recording.inputs.names, self.recording.inputs.values, strict=True):
+            if not isinstance(value, torch.Tensor):
+                continue
+            for dim, size in enumerate(value.shape):
+                expr = self.expression(size)
+                if not isinstance(expr, sympy.Symbol) or expr in named:
+                    continue
+                wanted = ("batch", "sequence")[dim] if dim < 2 and value.ndim <= 2 else f"{name}_{dim}"
+                label = wanted if wanted not in taken else f"{name}_{dim}"
+                taken.add(label)
+                named[expr] = sympy.Symbol(label, positive=True, integer=True)
+        return named
+
+    def expression(self, size: Any) -> sympy.Expr:
+        """The simplified expression of a symbolic size, in the symbols of the trace."""
+        if isinstance(size, torch.SymInt):
+            return self.recording.shape_guards.simplify(size)
+        return sympy.Integer(int(size))
+
+    def readable(self, size: Any) -> sympy.Expr:
+        """The expression of a size in `batch`, `sequence` and named input dimensions."""
+        return self.expression(size).xreplace(dict(self.symbols))
+
+    def bind(self, batch: Mapping[str, Any]) -> BoundBatch:
+        """Hold `batch` against all guards that can be checked before a module runs.
+
+        Raises:
+            GuardError: the batch breaks a guard.
+        """
+        leaves, signature = self.recording.shape_guards.bind(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        inputs = {str(n.name): t for n, t in zip(placeholders, tensors, strict=True)}
+        self._check_values(inputs)
+        return BoundBatch(inputs, signature)
+
+    def attribute(self, path: str) -> Any:
+        """What a `get_attr` node of the graph reads."""
+        constants = self.recording.constants
+        return constants[path] if path in constants else operator.attrgetter(path)(self.model)
+
+    def rebuild(self, leaves: list[Any]) -> Any:
+        """The model's return value from the leaves that the graph's output node holds."""
+        return unflatten(self.recording.outputs, *leaves)
+
+    @cached_property
+    def _value_program(self) -> list[fx.Node]:
+        wanted = {v.node for v in self.recording.value_guards}
+        for node in reversed(self.graph.nodes):
+            if node in wanted:
+                wanted.update(node.all_input_nodes)
+        return [n for n in self.graph.nodes if n in wanted and n.op != "placeholder"]
+
+    def _check_values(self, inputs: Mapping[str, Any]) -> None:
+        guards = {v.node: v for v in self.recording.value_guards}
+        if not guards:
+            return
+        values: dict[fx.Node, Any] = {n: inputs[n.name] for n in self.graph.nodes if n.op == "placeholder"}
+        with torch.no_grad():
+            for node in self._value_program:
+                try:
+                    values[node] = run_glue(self, node, values)
+                except Exception as error:
+                    raise GuardError(f"a guard cannot be computed on this batch: {error}") from error
+                if node in guards and bool(values[node]) != guards[node].expected:
+                    raise GuardError(f"the trace assumes that {guards[node].guard}")
+
+    def __str__(self) -> str:
+        calls = [n for n in self.graph.nodes if n.op == "call_module"]
+        glue = sum(n.op == "call_function" for n in self.graph.nodes)
+        lines = [
+            f"TracedModel of {type(self.model).__name__}: {len(calls)} module calls, {glue} glue operations, "
+            f"{len(self.guards)} guards, {self.seconds:.2f} s",
+            f"targets: {', '.join(self.targets.patterns)} ({len(self.targets.names)} modules)",
+        ]
+        return "\n".join([*lines, *(f"guard {guard}" for guard in self.guards)])
+
+
+def run_glue(traced: TracedModel, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """The value of one `get_attr` or `call_function` node, given those of its inputs."""
+    if node.op == "get_attr":
+        return traced.attribute(str(node.target))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
