@@ -174,7 +174,7 @@ class Variants:
                 "a batch takes another way through the sequential targets than the first one: "
                 f"{[s.targets for s in again]} instead of {[s.targets for s in first]}"
             )
-        self.partitions.insert(1, again)
+        self.partitions.append(again)
         return again
 
 
@@ -458,7 +458,7 @@ def _instruction(
     if node.op == "output":
         return lambda env, signature: arguments(env)[0][0]
     if node.op == "get_attr":
-        return lambda env, signature: traced.attribute(str(node.target))
+        return lambda env, signature: traced.attribute_on_device(str(node.target))
     if module is not None:
         check, guards = traced.leaf_checks[node], traced.recording.shape_guards
 

@@ -104,6 +104,11 @@ class TracedModel:
         constants = self.recording.constants
         return constants[path] if path in constants else operator.attrgetter(path)(self.model)
 
+    def attribute_on_device(self, path: str) -> Any:
+        """`attribute`, brought to the device where the graph runs."""
+        value = self.attribute(path)
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
     def rebuild(self, leaves: list[Any]) -> Any:
         """The model's return value from the leaves that the graph's output node holds."""
         return unflatten(self.recording.outputs, *leaves)
@@ -120,7 +125,7 @@ class TracedModel:
         guards = {v.node: v for v in self.recording.value_guards}
         if not guards:
             return
-        values: dict[fx.Node, Any] = {n: inputs[n.name] for n in self.graph.nodes if n.op == "placeholder"}
+        values: dict[fx.Node, Any] = {n: inputs[n.name].to(self.device) for n in self.graph.nodes if n.op == "placeholder"}
         with torch.no_grad():
             for node in self._value_program:
                 try:
@@ -144,7 +149,7 @@ class TracedModel:
 def run_glue(traced: TracedModel, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """The value of one `get_attr` or `call_function` node, given those of its inputs."""
     if node.op == "get_attr":
-        return traced.attribute(str(node.target))
+        return traced.attribute_on_device(str(node.target))
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     assert callable(node.target)
     return node.target(*args, **kwargs)

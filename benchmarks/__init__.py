@@ -1,0 +1,1 @@
+"""Measurements of fxcalib on real models, beside other tools: `python -m benchmarks` lists them."""

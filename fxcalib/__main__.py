@@ -1,0 +1,5 @@
+"""`python -m fxcalib`: the command line."""
+
+from fxcalib.cli import main
+
+main()

@@ -1,0 +1,369 @@
+"""The two calls that most users need: `calibrate` compresses a model in place, `quantize` also loads, evaluates and saves."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxcalib import memory
+from fxcalib.arguments import DatasetArguments
+from fxcalib.batch_checks import fingerprint_batches
+from fxcalib.checkpoint import prepare_output, save
+from fxcalib.data import batches, build, load_texts
+from fxcalib.errors import DataError, OptionError, nearest
+from fxcalib.evaluation import evaluate as evaluate_model
+from fxcalib.loading import LoadedModel, load, refuse_non_finite, refuse_quantized
+from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
+from fxcalib.pipelines import CalibrationPipeline
+from fxcalib.progress import Progress
+from fxcalib.report import Report, versions
+
+ALGORITHMS: dict[str, type[GPTQModifier] | type[QuantizationModifier]] = {
+    "gptq": GPTQModifier,
+    "rtn": QuantizationModifier,
+}
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQ_LEN = 1024
+
+
+def calibrate(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None,
+    modifiers: Modifier | Sequence[Modifier],
+    *,
+    pipeline: str | None = "sequential",
+    targets: str | Sequence[str] | None = None,
+    targets_per_subgraph: int = 1,
+    offload: str = "cpu",
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress `model` in place.
+
+    Args:
+        model: any module; a causal language model of transformers, say.
+        dataloader: batches as dicts of tensors for `model(**batch)`, such as `input_ids` (batch, sequence) int64 and
+            `attention_mask`; None where no modifier needs data.
+        modifiers: what to do, in order.
+        pipeline: `sequential`, `basic`, `datafree` or `independent`; None infers it from the modifiers.
+        targets: sequential targets as class names, module names or `re:` patterns; default: the decoder layers.
+        targets_per_subgraph: how many targets are calibrated at once.
+        offload: where intermediates lie between batches: `cpu`, `none` (on the device that computes) or a device.
+        device: where to compute; default: the accelerator if there is one. The model returns to where it was.
+        seed: of random operations in the model.
+        progress: is told of every step.
+
+    Returns:
+        What was done, with the error of every module.
+
+    Raises:
+        FxcalibError: see `fxcalib.errors`; the model may then be compressed in part.
+    """
+    chosen = [modifiers] if isinstance(modifiers, Modifier) else list(modifiers)
+    arguments = DatasetArguments(
+        sequential_targets=None if targets is None else ((targets,) if isinstance(targets, str) else tuple(targets)),
+        sequential_targets_per_subgraph=targets_per_subgraph,
+        sequential_offload_device=offload,
+        device=device,
+        seed=seed,
+    )
+    progress = progress or Progress()
+    memory.reset_peaks()
+    started = time.perf_counter()
+    fingerprint = _Fingerprinted(dataloader)
+    try:
+        with _collected_warnings() as caught:
+            flow = CalibrationPipeline.from_modifiers(chosen, pipeline)
+            outcome = flow(model, fingerprint if dataloader is not None else None, arguments, progress=progress)
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - started
+    return Report(
+        model=getattr(model, "name_or_path", "") or type(model).__name__,
+        pipeline=flow.name,
+        algorithm=", ".join(type(m).__name__ for m in chosen),
+        scheme=", ".join(dict.fromkeys(module.scheme for module in outcome.modules)),
+        subgraphs=outcome.subgraphs,
+        modules=outcome.modules,
+        seconds=seconds,
+        timings={"calibrate": seconds},
+        tokens=outcome.tokens,
+        samples=outcome.samples,
+        batches=outcome.batches,
+        passes=outcome.passes,
+        retraces=outcome.retraces,
+        peak_host_bytes=memory.peak_host_bytes(),
+        peak_device_bytes=memory.peak_device_bytes(),
+        seed=seed,
+        data=fingerprint.describe() if outcome.batches else {},
+        versions=versions(),
+        warnings=tuple(caught),
+    )
+
+
+def quantize(
+    model: str | Path | nn.Module | None = None,
+    *,
+    algorithm: str = "gptq",
+    scheme: str = "W4A16",
+    group_size: int | None = None,
+    ignore: Sequence[str] | None = None,
+    modifiers: Modifier | Sequence[Modifier] | None = None,
+    data: str | Path | Iterable[Mapping[str, Any]] | None = None,
+    text_column: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 4,
+    pack: bool = True,
+    pipeline: str | None = None,
+    targets: str | Sequence[str] | None = None,
+    targets_per_subgraph: int = 1,
+    offload: str = "cpu",
+    device: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    processor: Any = None,
+    evaluate: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Load a model, calibrate it on text, and save it as a compressed-tensors checkpoint.
+
+    Args:
+        model: a local folder, a hub id, or a module, which is compressed in place; None: the small model that the
+            package ships.
+        algorithm: `gptq` or `rtn` (round to nearest).
+        scheme: a preset of compressed-tensors, such as `W4A16`, `W8A8`, `FP8_DYNAMIC`.
+        group_size: columns that share a scale, for schemes that quantize weights in groups; default: the scheme's.
+        ignore: modules to leave as they are; default: the output head.
+        modifiers: used instead of `algorithm`, `scheme`, `group_size` and `ignore` where given.
+        data: a text, jsonl, json, csv or parquet file, a folder of those, a `datasets` id, or batches as dicts of
+            tensors; default: text that the package ships.
+        text_column: of the data; default: `text`.
+        samples, seq_len: how much text, in samples and tokens a sample; default: up to 128 samples of up to 1024 tokens.
+        batch_size: samples a batch.
+        pack: join documents to samples without padding; else one document is one sample, padded.
+        pipeline: as `calibrate`; default: inferred from the modifiers.
+        targets, targets_per_subgraph, offload, device, seed: as `calibrate`.
+        dtype: to load the model in; `auto` is the checkpoint's own.
+        output: folder to save to; None saves nothing.
+        overwrite: replace a checkpoint that fxcalib wrote there before.
+        processor: tokenizer or processor of a module; loaded ones bring their own.
+        evaluate: measure the perplexity on held-out text before and after.
+        trust_remote_code: run code that comes with the checkpoint.
+        progress: is told of every step.
+
+    Returns:
+        What was done, as saved in `fxcalib_report.json`.
+
+    Raises:
+        FxcalibError: see `fxcalib.errors`; no output folder is left behind.
+    """
+    progress = progress or Progress()
+    started = time.perf_counter()
+    clock = _Clock()
+    try:
+        chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
+        flow = CalibrationPipeline.from_modifiers(chosen, pipeline)  # options are refused before anything is loaded
+        source = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
+        if output is not None:
+            prepare_output(output, overwrite=overwrite, source=source)
+        progress.phase("load")
+        with clock("load"):
+            loaded = _load(model, processor, dtype, trust_remote_code)
+        with clock("data"):
+            dataloader, described = _data(loaded, chosen, data, text_column, samples, seq_len, batch_size, pack, seed)
+        before = _perplexity(loaded, evaluate, device, progress, clock, "evaluate before")
+        report = calibrate(
+            loaded.model,
+            dataloader,
+            chosen,
+            pipeline=flow.name,
+            targets=targets,
+            targets_per_subgraph=targets_per_subgraph,
+            offload=offload,
+            device=device,
+            seed=seed,
+            progress=_Unclosed(progress),
+        )
+        clock.seconds["calibrate"] = report.seconds
+        after = _perplexity(loaded, evaluate, device, progress, clock, "evaluate after")
+        report = replace(
+            report,
+            model=loaded.name,
+            algorithm=report.algorithm if modifiers is not None else algorithm.lower(),
+            scheme=report.scheme if modifiers is not None else _scheme_label(scheme, group_size),
+            data={**report.data, **described},
+            perplexity_before=before,
+            perplexity_after=after,
+            output=None if output is None else str(Path(output).expanduser().absolute()),
+            seconds=time.perf_counter() - started,
+            timings=dict(clock.seconds),
+        )
+        if output is not None:
+            progress.phase("save")
+            saved_from = loaded.source if isinstance(model, (str, Path)) or model is None else None
+            with clock("save"):
+                save(
+                    loaded.model,
+                    output,
+                    processor=loaded.processor,
+                    source=saved_from,
+                    report=report,
+                    overwrite=overwrite,
+                )
+        return replace(report, seconds=time.perf_counter() - started, timings=dict(clock.seconds))
+    finally:
+        progress.close()
+
+
+def _modifiers(
+    algorithm: str,
+    scheme: str,
+    group_size: int | None,
+    ignore: Sequence[str] | None,
+    given: Modifier | Sequence[Modifier] | None,
+) -> list[Modifier]:
+    if given is not None:
+        return [given] if isinstance(given, Modifier) else list(given)
+    if algorithm.lower() not in ALGORITHMS:
+        raise OptionError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
+    return [ALGORITHMS[algorithm.lower()](scheme=scheme, group_size=group_size, ignore=ignore)]
+
+
+def _scheme_label(scheme: str, group_size: int | None) -> str:
+    return scheme.upper() if group_size is None else f"{scheme.upper()} group {group_size}"
+
+
+def _load(
+    model: str | Path | nn.Module | None, processor: Any, dtype: str, trust_remote_code: bool
+) -> LoadedModel:
+    if isinstance(model, nn.Module):
+        refuse_quantized(model)
+        refuse_non_finite(model)
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        return LoadedModel(model=model, processor=processor, source=Path(), name=name)
+    if model is None:
+        from fxcalib.embedded import MODEL_DIR
+
+        model = MODEL_DIR
+    return load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _data(
+    loaded: LoadedModel,
+    modifiers: Sequence[Modifier],
+    data: str | Path | Iterable[Mapping[str, Any]] | None,
+    text_column: str | None,
+    samples: int | None,
+    seq_len: int | None,
+    batch_size: int,
+    pack: bool,
+    seed: int,
+) -> tuple[Iterable[Mapping[str, Any]] | None, dict[str, object]]:
+    if not any(modifier.needs_data for modifier in modifiers):
+        return None, {}
+    if data is not None and not isinstance(data, (str, Path)):
+        return data, {"source": "given batches"}
+    if loaded.processor is None:
+        raise DataError(
+            f"{loaded.name} has no tokenizer, so text cannot be used: pass processor=, or batches of tensors as data="
+        )
+    limit = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
+    length = seq_len if seq_len is not None else min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    built = build(
+        load_texts(data, column=text_column),
+        loaded.processor,
+        samples=DEFAULT_SAMPLES if samples is None else samples,
+        seq_len=length,
+        seed=seed,
+        pack=pack,
+        at_most=samples is None,
+    )
+    return batches(built, batch_size), built.describe()
+
+
+def _perplexity(
+    loaded: LoadedModel, wanted: bool, device: str | None, progress: Progress, clock: _Clock, name: str
+) -> float | None:
+    if not wanted:
+        return None
+    home = next(loaded.model.parameters()).device
+    loaded.model.to(DatasetArguments(device=device).compute_device())
+    try:
+        with clock(name):
+            return evaluate_model(loaded.model, tokenizer=loaded.processor, progress=_Unclosed(progress)).perplexity
+    finally:
+        loaded.model.to(home)
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - started
+
+
+class _Unclosed(Progress):
+    """Passes everything on but `close`: more phases of the same job follow."""
+
+    def __init__(self, inner: Progress) -> None:
+        self.phase, self.plan, self.sweep = inner.phase, inner.plan, inner.sweep  # type: ignore[method-assign]
+        self.batch, self.module = inner.batch, inner.module  # type: ignore[method-assign]
+
+
+class _Fingerprinted:
+    """A dataloader that remembers what identifies the batches that were taken from it."""
+
+    def __init__(self, dataloader: Iterable[Mapping[str, Any]] | None) -> None:
+        self._dataloader = dataloader
+        self._prints: list[str] = []
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        self._prints.clear()
+        for batch in self._dataloader or ():
+            if isinstance(batch, Mapping):
+                self._prints.append(fingerprint_batches([batch]))
+            yield batch
+
+    def describe(self) -> dict[str, object]:
+        """For the report."""
+        import hashlib
+
+        return {"source": "given batches", "fingerprint": hashlib.sha256("".join(self._prints).encode()).hexdigest()}
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """Texts of the warnings raised inside, which are shown as well."""
+    texts: list[str] = []
+    show = warnings.showwarning
+
+    def collect(message: Warning | str, *rest: Any, **more: Any) -> None:
+        texts.append(str(message))
+        show(message, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = collect
+        yield texts
+
+
+__all__ = ["ALGORITHMS", "calibrate", "quantize"]

@@ -1,0 +1,349 @@
+"""The command line: options to keyword arguments, errors to exit codes. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxcalib.errors import FxcalibError
+
+if TYPE_CHECKING:
+    from fxcalib.display import RichProgress
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+_SCHEMES = "W4A16, W4A16_ASYM, W8A16, W8A8, FP8, FP8_DYNAMIC, ... (the presets of compressed-tensors)"
+
+app = typer.Typer(
+    name="fxcalib",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Quantize PyTorch language models after training: INT4, INT8 and FP8 checkpoints for transformers and vLLM.",
+    epilog="Begin with [bold]fxcalib quantize[/bold]: it needs no model and no data, and shows what calibration gains.",
+)
+
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--targets",
+        metavar="T",
+        help="Sequential targets: class names, module names or [cyan]re:[/cyan]patterns at which the model is cut into "
+        "subgraphs. Repeat it or separate by commas. Default: the decoder layers.",
+        rich_help_panel="How it runs",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Text: a txt, jsonl, json, csv or parquet file, a folder of those, or a [cyan]datasets[/cyan] id such as "
+        "wikitext:wikitext-2-raw-v1:train. Default: text that fxcalib ships.",
+        rich_help_panel="Data",
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(metavar="C", help="Column that holds the text. Default: text.", rich_help_panel="Data"),
+]
+Samples = Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of samples.", rich_help_panel="Data")]
+SequenceLength = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens a sample.", rich_help_panel="Data")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a batch.", rich_help_panel="Data")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Chooses the samples.", rich_help_panel="Data")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...", rich_help_panel="How it runs"),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="T", help="auto (as stored), bfloat16, float16 or float32.", rich_help_panel="How it runs"),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that comes with the model.", rich_help_panel="How it runs"
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one line of JSON on standard output and nothing else.", rich_help_panel="Output"
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel="Output")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.", rich_help_panel="Output")]
+
+
+def main() -> None:
+    """Entry point of `fxcalib` and `python -m fxcalib`."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # compressed-tensors draws bars of its own, over ours
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from fxcalib.report import versions
+
+        found = versions()
+        others = ", ".join(f"{name} {version}" for name, version in found.items() if name != "fxcalib")
+        typer.echo(f"fxcalib {found['fxcalib']} ({others})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "fxcalib quantize\n\n"
+    "fxcalib quantize HuggingFaceTB/SmolLM2-135M-Instruct --group-size 64 --eval\n\n"
+    "fxcalib quantize ./my-model --scheme FP8_DYNAMIC --algorithm rtn -o my-model-fp8\n\n"
+    "fxcalib quantize ./my-model --data chats.jsonl --samples 512 --seq-len 2048 --ignore lm_head,re:.*router"
+)
+def quantize(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model folder or a Hugging Face id. Without it, a small model that fxcalib ships is quantized with "
+            "and without calibration and the results are compared.",
+        ),
+    ] = None,
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            "--algorithm",
+            "-a",
+            metavar="A",
+            help="[cyan]gptq[/cyan] rounds each weight in view of the errors so far, and needs data; "
+            "[cyan]rtn[/cyan] rounds to nearest.",
+            rich_help_panel="What to do",
+        ),
+    ] = "gptq",
+    scheme: Annotated[
+        str,
+        typer.Option("--scheme", "-s", metavar="S", help=_SCHEMES, rich_help_panel="What to do"),
+    ] = "W4A16",
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Weights that share a scale, along the inputs. Smaller is more exact and larger on disk. "
+            "Default: the scheme's.",
+            rich_help_panel="What to do",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Modules to leave as they are: names, classes or [cyan]re:[/cyan]patterns. "
+            "Repeat it or separate by commas. Default: lm_head.",
+            rich_help_panel="What to do",
+        ),
+    ] = None,
+    data: Data = None,
+    text_column: TextColumn = None,
+    samples: Samples = None,
+    seq_len: SequenceLength = None,
+    batch_size: BatchSize = None,
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack/--no-pack",
+            help="Join texts to samples of full length, or pad each text to its own.",
+            rich_help_panel="Data",
+        ),
+    ] = True,
+    seed: Seed = 0,
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            metavar="P",
+            help="[cyan]sequential[/cyan] calibrates one subgraph after the other, each on what the compressed ones "
+            "before it really output.",
+            rich_help_panel="How it runs",
+        ),
+    ] = "sequential",
+    targets: Targets = None,
+    offload: Annotated[
+        str,
+        typer.Option(metavar="cpu|none", help="Where activations wait between passes.", rich_help_panel="How it runs"),
+    ] = "cpu",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Folder of the checkpoint. Default: MODEL-SCHEME in the current folder.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a checkpoint that fxcalib wrote.", rich_help_panel="Output"),
+    ] = False,
+    evaluate: Annotated[
+        bool,
+        typer.Option("--eval", help="Measure perplexity on held-out text before and after.", rich_help_panel="Output"),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model and save it as a compressed-tensors checkpoint."""
+    options: dict[str, Any] = {
+        "algorithm": algorithm,
+        "scheme": scheme,
+        "group_size": group_size,
+        "ignore": _names(ignore),
+        "targets": _names(targets),
+        "data": data,
+        "text_column": text_column,
+        "samples": samples,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "pack": pack,
+        "pipeline": pipeline,
+        "offload": offload,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with _reported(debug=debug, quiet=quiet, as_json=as_json) as progress:
+        if model is None:
+            from fxcalib import demo
+
+            if output is None:  # what an earlier try left in its default place is only that
+                output, given["overwrite"] = default_output(demo.NAME, scheme), True
+            comparison = demo.compare(output=output, progress=progress, **given)
+            report, table = comparison.report, comparison.table()
+        else:
+            from fxcalib import api
+
+            target = default_output(model, scheme) if output is None else output
+            report, table = api.quantize(model, output=target, evaluate=evaluate, progress=progress, **given), None
+    if as_json:
+        _print_json(report.summary())
+    elif table is not None:
+        from rich.console import Console
+
+        Console().print(table)
+        typer.echo(f"The checkpoint is in {report.output}")
+    else:
+        typer.echo(str(report))
+
+
+@app.command(
+    name="eval",
+    epilog="[bold]Examples[/bold]\n\n"
+    "fxcalib eval SmolLM2-135M-Instruct-W4A16\n\n"
+    "fxcalib eval SmolLM2-135M-Instruct-W4A16 --reference HuggingFaceTB/SmolLM2-135M-Instruct --data wiki.jsonl",
+)
+def evaluate_command(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A model folder, quantized or not, or a Hugging Face id.")
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Measure the KL divergence to this model, usually the original."),
+    ] = None,
+    data: Data = None,
+    text_column: TextColumn = None,
+    samples: Samples = None,
+    seq_len: SequenceLength = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, and the mean KL divergence in nats per token to a reference model."""
+    options: dict[str, Any] = {
+        "data": data,
+        "text_column": text_column,
+        "samples": samples,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with _reported(debug=debug, quiet=quiet, as_json=as_json) as progress:
+        from fxcalib.evaluation import evaluate
+
+        result = evaluate(model, reference, progress=progress, **given)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        typer.echo(str(result))
+
+
+def default_output(model: str, scheme: str) -> Path:
+    """Folder of the checkpoint where none was named: after model and scheme, in the current folder."""
+    return Path(f"{Path(model).expanduser().resolve().name}-{scheme}")
+
+
+def _names(values: list[str] | None) -> list[str] | None:
+    """Names given one by one or separated by commas; a pattern is never split, as it may hold commas itself."""
+    if values is None:
+        return None
+    return [name for value in values for name in ([value] if value.startswith("re:") else value.split(",")) if name]
+
+
+@contextlib.contextmanager
+def _reported(*, debug: bool, quiet: bool, as_json: bool) -> Iterator[RichProgress]:
+    """Draw progress while the body runs; turn its errors into one message and an exit code."""
+    from fxcalib.display import RichProgress, stderr_console
+
+    progress = RichProgress(quiet=quiet)
+    # with --json, nothing that a library prints may come before the one line
+    stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with stdout:
+            yield progress
+    except KeyboardInterrupt:
+        progress.close()
+        stderr_console().print("interrupted: nothing was saved", style="red")
+        raise typer.Exit(INTERRUPTED) from None
+    except FxcalibError as error:
+        progress.close()
+        if debug:
+            raise
+        stderr_console().print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT) from None
+    finally:
+        progress.close()
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    from fxcalib.report import plain
+
+    typer.echo(json.dumps(plain(values), allow_nan=False))

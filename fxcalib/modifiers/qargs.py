@@ -1,0 +1,134 @@
+"""compressed-tensors' `QuantizationArgs` in the terms of `fxcalib.math`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization.utils import generate_gparam
+from torch import Tensor
+
+from fxcalib.errors import OptionError, nearest
+from fxcalib.math.granularity import Granularity
+from fxcalib.math.grids import Grid, ScaleFormat
+from fxcalib.math.qparams import QParams, minmax_qparams, mse_qparams, percentile_qparams
+from fxcalib.math.ranges import Histogram, MinMax, Range
+
+# Every name means the same for weights and activations here; the variants of llm-compressor differ in how they average
+# over batches, which a statistic of all the data does not need.
+OBSERVERS = {
+    "minmax": "minmax",
+    "static_minmax": "minmax",
+    "memoryless_minmax": "minmax",
+    "mse": "mse",
+    "memoryless_mse": "mse",
+    "imatrix_mse": "mse",
+    "percentile": "percentile",
+}
+DEFAULT_WEIGHT_OBSERVER = "mse"
+DEFAULT_ACTIVATION_OBSERVER = "minmax"
+_OBSERVER_OPTIONS = {"norm", "maxshrink", "grid", "patience", "percentile", "averaging_constant"}
+
+
+def grid_of(args: QuantizationArgs) -> Grid:
+    """The codes of `args`."""
+    return Grid("int" if args.type == "int" else "float", args.num_bits, args.symmetric)
+
+
+def granularity_of(args: QuantizationArgs) -> Granularity:
+    """The sharing pattern of a weight quantized with `args`."""
+    if args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
+        return Granularity("group", columns=args.group_size or 0)
+    if args.strategy == QuantizationStrategy.BLOCK:
+        rows, columns = args.block_structure or (0, 0)
+        return Granularity("block", columns=columns, rows=rows)
+    if args.strategy == QuantizationStrategy.CHANNEL:
+        return Granularity("channel")
+    return Granularity("tensor")
+
+
+def scale_format_of(args: QuantizationArgs, dtype: torch.dtype, global_scale: Tensor | None) -> ScaleFormat:
+    """How scales of `args` are stored in a module whose weight has `dtype`."""
+    if args.scale_dtype == torch.uint8:
+        return ScaleFormat(torch.bfloat16, power_of_two=True)
+    return ScaleFormat(args.scale_dtype or dtype, global_scale=global_scale)
+
+
+def global_scale_of(args: QuantizationArgs, low: Tensor, high: Tensor) -> Tensor | None:
+    """The global scale (1,) float32 of two-level formats (NVFP4) for values in [low, high]; None for the others."""
+    if args.strategy != QuantizationStrategy.TENSOR_GROUP:
+        return None
+    scale: Tensor = generate_gparam(low.float(), high.float())
+    return scale
+
+
+def search_weight(table_SE: Tensor, args: QuantizationArgs, scales: ScaleFormat, importance: Tensor | None) -> QParams:
+    """Scales and zero points of a weight's table (S, E) with the observer of `args`, mean squared error by default."""
+    observer, options = observer_of(args, DEFAULT_WEIGHT_OBSERVER)
+    if observer == "minmax":
+        return minmax_qparams(table_SE, grid_of(args), scales)
+    if observer == "percentile":
+        return percentile_qparams(table_SE, grid_of(args), scales, options.get("percentile", 99.9))
+    smallest = 1 - options["maxshrink"] if "maxshrink" in options else 0.35
+    norm = options.get("norm", 2.0)
+    return mse_qparams(
+        table_SE, grid_of(args), scales, importance_RE=importance, norm=norm, smallest=max(smallest, 0.05)
+    )
+
+
+def range_of(args: QuantizationArgs) -> Range:
+    """An empty statistic for static activation scales with the observer of `args`, min-max by default."""
+    observer, options = observer_of(args, DEFAULT_ACTIVATION_OBSERVER)
+    if args.strategy == QuantizationStrategy.GROUP:
+        return MinMax(args.group_size)
+    if observer == "minmax" or args.strategy == QuantizationStrategy.TENSOR_GROUP:
+        return MinMax()
+    return Histogram(options.get("percentile", 99.99) if observer == "percentile" else None)
+
+
+def range_key(args: QuantizationArgs) -> tuple[Any, ...]:
+    """Equal for arguments whose statistics are the same."""
+    observer, options = observer_of(args, DEFAULT_ACTIVATION_OBSERVER)
+    return observer, args.strategy, args.group_size, tuple(sorted(options.items()))
+
+
+def observer_of(args: QuantizationArgs, default: str) -> tuple[str, dict[str, Any]]:
+    """`minmax`, `mse` or `percentile`, and its options.
+
+    Raises:
+        OptionError: no such observer, or an option that none has.
+    """
+    name = args.observer or default
+    if name not in OBSERVERS:
+        raise OptionError(f"unknown observer {name!r}: {nearest(name, OBSERVERS)}")
+    for option in args.observer_kwargs:
+        if option not in _OBSERVER_OPTIONS:
+            raise OptionError(f"observer {name!r} has no option {option!r}: {nearest(option, _OBSERVER_OPTIONS)}")
+    return OBSERVERS[name], args.observer_kwargs
+
+
+def is_static(args: QuantizationArgs | None) -> bool:
+    """Whether activations quantized with `args` need their range calibrated."""
+    return args is not None and args.dynamic is not True
+
+
+def describe(scheme: QuantizationScheme) -> str:
+    """Readable form of a scheme, such as `int4 group 64 symmetric, input fp8 tensor static`."""
+    parts = []
+    for role, args in (
+        ("", scheme.weights),
+        ("input ", scheme.input_activations),
+        ("output ", scheme.output_activations),
+    ):
+        if args is None:
+            continue
+        kind = f"{'int' if args.type == 'int' else 'fp'}{args.num_bits}"
+        size = f" {args.group_size}" if args.group_size else ""
+        if args.block_structure:
+            size = " " + "x".join(map(str, args.block_structure))
+        symmetry = ("symmetric" if args.symmetric else "asymmetric") if args.type == "int" else ""
+        when = "" if not role else "dynamic" if args.dynamic else "static"
+        words = (f"{role}{kind}", f"{args.strategy}{size}", symmetry, when)
+        parts.append(" ".join(word for word in words if word))
+    return ", ".join(parts)

@@ -1,0 +1,303 @@
+"""What the quantizing modifiers have in common: attaching schemes, observing inputs and outputs, storing parameters."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationMetadata,
+    QuantizationScheme,
+    QuantizationStatus,
+    initialize_module_for_quantization,
+)
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fxcalib.errors import NonFiniteActivationError, OptionError
+from fxcalib.math.hessian import Hessian
+from fxcalib.math.ranges import MinMax, Range
+from fxcalib.modifiers import qargs
+from fxcalib.modifiers.base import CurrentBatch, Modifier, ModuleResult, Needs, Scope
+from fxcalib.modifiers.schemes import build_schemes, check_finite, resolve
+from fxcalib.modifiers.sharing import InputStatistics, SharedInputs, union_of_extremes
+
+
+class SchemeModifier(Modifier):
+    """A modifier that quantizes modules by compressed-tensors schemes.
+
+    Between `attach` and its own `commit` a module computes as if nothing was attached, so statistics are of
+    unquantized computations. From then on its weight is on the grid of its scheme and its activations are quantized
+    as at inference; the status `DECOMPRESSED` tells compressed-tensors not to quantize the weight in every forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        targets: str | Sequence[str] = "Linear",
+        scheme: str | Mapping[str, Any] | QuantizationScheme | None = None,
+        config_groups: Mapping[str, Any] | None = None,
+        ignore: str | Sequence[str] | None = None,
+        group_size: int | None = None,
+        weight_observer: str | None = None,
+        input_observer: str | None = None,
+        output_observer: str | None = None,
+        observer: str | Mapping[str, str] | None = None,
+        kv_cache_scheme: object = None,
+    ) -> None:
+        if kv_cache_scheme is not None:
+            raise OptionError("kv_cache_scheme is not supported yet; leave it out")
+        observers = _observers(observer, weight_observer, input_observer, output_observer)
+        self._schemes = build_schemes(targets, scheme, config_groups, group_size, observers)
+        self._ignore = ignore
+        self._resolved: dict[str, QuantizationScheme] = {}
+        self._unchecked: set[str] = set()
+        self._committed: set[str] = set()
+        self._inputs: dict[str, InputStatistics] = {}
+        self._outputs: dict[str, Range] = {}
+
+    @abstractmethod
+    def needs_hessian(self, scheme: QuantizationScheme) -> bool:
+        """Whether the second moments of the inputs of modules with this scheme are to be collected."""
+
+    @abstractmethod
+    def commit_weights(self, scope: Scope, names: Sequence[str]) -> list[ModuleResult]:
+        """Quantize the weights of these modules of the scope and store their parameters; one result for each."""
+
+    @property
+    def needs_data(self) -> bool:
+        return any(self._observes(scheme) for scheme in self._schemes)
+
+    @property
+    def needs(self) -> Needs:
+        observed = frozenset(name for name, scheme in self._resolved.items() if self._observes(scheme))
+        return Needs(observed=observed, committed=frozenset(self._resolved))
+
+    def attach(self, model: nn.Module) -> None:
+        resolved = resolve(model, self._schemes, self._ignore)
+        modules = {name: model.get_submodule(name) for name in resolved}
+        for name, module in modules.items():
+            check_finite(name, module)
+        self._unchecked = {name for name, module in modules.items() if _weight(module).is_meta}
+        self._resolved = resolved
+        self._committed = set()
+        for name, scheme in resolved.items():
+            initialize_module_for_quantization(modules[name], scheme, force_zero_point=False)
+            modules[name].quantization_enabled = False
+
+    @contextmanager
+    def observe(self, scope: Scope) -> Iterator[None]:
+        shared = SharedInputs()
+        outputs: dict[str, Range] = {}
+        checks: list[tuple[int, str, Tensor]] = []
+        handles: list[RemovableHandle] = []
+        try:
+            for name in self._pending(scope):
+                scheme = self._resolved[name]
+                if self._observes_inputs(scheme):
+                    handles.append(self._observe_inputs(name, scheme, scope, shared))
+                if scheme.output_activations is not None and qargs.is_static(scheme.output_activations):
+                    outputs[name] = qargs.range_of(scheme.output_activations)
+                    handles.append(self._observe_outputs(name, scope, outputs[name], checks))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups = shared.finish()
+        _refuse_non_finite(groups, checks)
+        self._inputs = {name: statistics for names, statistics in groups for name in names}
+        self._outputs = outputs
+
+    def commit(self, scope: Scope) -> list[ModuleResult]:
+        names = self._pending(scope)
+        for name in names:
+            if name in self._unchecked:
+                check_finite(name, scope.modules[name])
+        notes = {name: self._commit_activations(name, scope.modules[name]) for name in names}
+        results = {result.name: result for result in self.commit_weights(scope, names)}
+        for name in names:
+            module = scope.modules[name]
+            module.quantization_status = QuantizationStatus.DECOMPRESSED  # type: ignore[assignment]
+            del module.quantization_enabled
+        self._committed.update(names)
+        self._inputs, self._outputs = {}, {}
+        return [_with_notes(results[name], notes[name]) for name in names]
+
+    def detach(self, model: nn.Module) -> None:
+        for name in self._resolved.keys() - self._committed:
+            module = model.get_submodule(name)
+            QuantizationMetadata.clear_quantization(module)
+            for attribute in ("quantization_status", "quantization_enabled"):
+                if hasattr(module, attribute):
+                    delattr(module, attribute)
+        self._inputs, self._outputs, self._resolved, self._committed = {}, {}, {}, set()
+
+    def statistics_of(self, name: str) -> InputStatistics | None:
+        """What was observed of the module's inputs; the same object for modules that shared them all."""
+        return self._inputs.get(name)
+
+    def scheme_of(self, name: str) -> QuantizationScheme:
+        """The scheme attached to a module."""
+        return self._resolved[name]
+
+    def _pending(self, scope: Scope) -> list[str]:
+        return [name for name in scope.modules if name in self._resolved and name not in self._committed]
+
+    def _observes_inputs(self, scheme: QuantizationScheme) -> bool:
+        return self.needs_hessian(scheme) or qargs.is_static(scheme.input_activations)
+
+    def _observes(self, scheme: QuantizationScheme) -> bool:
+        return self._observes_inputs(scheme) or qargs.is_static(scheme.output_activations)
+
+    def _observe_inputs(
+        self, name: str, scheme: QuantizationScheme, scope: Scope, shared: SharedInputs
+    ) -> RemovableHandle:
+        hessian = self.needs_hessian(scheme)
+        args = scheme.input_activations if qargs.is_static(scheme.input_activations) else None
+        recipe: Hashable = (hessian, None if args is None else qargs.range_key(args))
+
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            inputs = positional[0] if positional else keywords.get("input")
+            if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or not inputs.numel():
+                return
+
+            def make() -> InputStatistics:
+                return InputStatistics(
+                    Hessian(inputs.shape[-1], inputs.device) if hessian else None,
+                    None if args is None else qargs.range_of(args),
+                )
+
+            shared.see(name, recipe, make, inputs.detach(), _real(inputs, scope.batch), scope.batch.index)
+
+        return scope.modules[name].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _observe_outputs(
+        self, name: str, scope: Scope, statistic: Range, checks: list[tuple[int, str, Tensor]]
+    ) -> RemovableHandle:
+        def hook(module: nn.Module, positional: tuple[Any, ...], output: Tensor) -> None:
+            if output.numel():
+                statistic.add(output.detach(), _real(output, scope.batch))
+                low, high = statistic.extremes()
+                checks.append((scope.batch.index, name, (high - low).sum()))
+
+        return scope.modules[name].register_forward_hook(hook)
+
+    def _commit_activations(self, name: str, module: nn.Module) -> tuple[str, ...]:
+        """Store the static scales of a module's inputs and outputs; what could not be calibrated is noted."""
+        scheme = self._resolved[name]
+        notes: list[str] = []
+        for role, args, statistic in (
+            ("input", scheme.input_activations, self._inputs.get(name, InputStatistics()).range),
+            ("output", scheme.output_activations, self._outputs.get(name)),
+        ):
+            if args is None or not qargs.is_static(args):
+                continue
+            if statistic is None or not _has_values(statistic):
+                statistic = union_of_extremes(list(self._inputs.values())) or _unit_range(module)
+                notes.append(f"no batch reached it: its {role} scale covers what the modules around it were given")
+            low, high = statistic.extremes()
+            global_scale = qargs.global_scale_of(args, low.min(), high.max())
+            if global_scale is not None:
+                store(module, f"{role}_global_scale", global_scale)
+                continue
+            scales = qargs.scale_format_of(args, _weight(module).dtype, None)
+            scale, zero_point = statistic.qparams(qargs.grid_of(args), scales)
+            store(module, f"{role}_scale", scale)
+            if zero_point is not None:
+                store(module, f"{role}_zero_point", zero_point)
+        return tuple(notes)
+
+
+def store(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a quantization parameter in the dtype and shape it was attached with, on the device of the weight."""
+    attached = getattr(module, name)
+    value = value.reshape(attached.shape) if value.numel() == attached.numel() else value.expand(attached.shape)
+    value = value.to(device=_weight(module).device, dtype=attached.dtype).contiguous()
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _observers(
+    observer: str | Mapping[str, str] | None,
+    weight: str | None,
+    inputs: str | None,
+    output: str | None,
+) -> dict[str, str | None]:
+    """Observer of each role: one name stands for the weights, a mapping for any of `weights`, `input`, `output`."""
+    chosen: dict[str, str | None] = {"weights": None, "input_activations": None, "output_activations": None}
+    roles = {"weights": "weights", "weight": "weights", "input": "input_activations", "output": "output_activations"}
+    named = {"weights": observer} if isinstance(observer, str) else dict(observer or {})
+    for role, name in named.items():
+        if role not in roles:
+            raise OptionError(f"observer of {role!r}: choose from weights, input, output")
+        chosen[roles[role]] = name
+    for key, given in (("weights", weight), ("input_activations", inputs), ("output_activations", output)):
+        chosen[key] = given if given is not None else chosen[key]
+    return chosen
+
+
+def _real(values: Tensor, batch: CurrentBatch) -> Tensor | None:
+    """Which of the values' rows are real tokens, in their leading shape; None where none is known to be padding."""
+    mask = batch.token_mask
+    if mask is None:
+        return None
+    if values.shape[:-1] == mask.shape:
+        return mask.to(values.device)
+    if values.dim() == 2 and values.shape[0] == mask.numel():
+        return mask.reshape(-1).to(values.device)
+    return None
+
+
+def _has_values(statistic: Range) -> bool:
+    try:
+        statistic.extremes()
+    except ValueError:
+        return False
+    return True
+
+
+def _unit_range(module: nn.Module) -> MinMax:
+    statistic = MinMax()
+    statistic.add(torch.tensor([-1.0, 1.0], device=_weight(module).device), None)
+    return statistic
+
+
+def _refuse_non_finite(groups: list[tuple[list[str], InputStatistics]], checks: list[tuple[int, str, Tensor]]) -> None:
+    """Raise for the earliest batch, and in it the module that ran first, whose values were not finite."""
+    found: list[tuple[int, int, str, str]] = []
+    for order, (names, statistics) in enumerate(groups):
+        batch = statistics.first_bad_batch()
+        if batch is not None:
+            found.append((batch, order, names[0], "input"))
+    for order, (batch, name, check) in enumerate(checks):
+        if not bool(torch.isfinite(check)):
+            found.append((batch, len(groups) + order, name, "output"))
+            break
+    if found:
+        batch, _, name, what = min(found)
+        raise NonFiniteActivationError(
+            f"the {what} of module {name!r} holds NaN or infinity in batch {batch}; "
+            "check that batch's data, or run the model in a dtype with more range (bfloat16 or float32)"
+        )
+
+
+def _with_notes(result: ModuleResult, notes: tuple[str, ...]) -> ModuleResult:
+    if not notes:
+        return result
+    return ModuleResult(
+        result.name, result.scheme, result.error, result.measure, result.seconds, (*result.notes, *notes)
+    )
+
+
+def elapsed(since: float) -> float:
+    """Seconds since `since`, a value of `time.perf_counter`."""
+    return time.perf_counter() - since

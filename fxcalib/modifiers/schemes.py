@@ -1,0 +1,268 @@
+"""Which module is quantized how: presets, config groups, targets and ignore patterns to a scheme for each module.
+
+Names and patterns match as compressed-tensors matches them: a module's name, `re:` and a pattern matched from the
+start of the name, or the name of the module's class or one of its bases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import is_match, match_named_modules
+from compressed_tensors.utils.match import match_targets
+from torch import nn
+
+from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError, nearest
+from fxcalib.modifiers.qargs import DEFAULT_WEIGHT_OBSERVER, observer_of
+
+QUANTIZABLE = (nn.Linear, nn.Embedding)
+_SCHEME_KEYS = ("weights", "input_activations", "output_activations", "format")
+_ROLES = ("weights", "input_activations", "output_activations")
+_GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+_USUAL_GROUPS = (256, 128, 64, 32, 16, 8)
+
+
+def build_schemes(
+    targets: str | Sequence[str],
+    scheme: str | Mapping[str, Any] | QuantizationScheme | None,
+    config_groups: Mapping[str, Any] | None,
+    group_size: int | None = None,
+    observers: Mapping[str, str | None] | None = None,
+) -> list[QuantizationScheme]:
+    """The schemes that a modifier's arguments ask for, each with its own targets; no model is needed.
+
+    Args:
+        targets: names, classes or `re:` patterns, for a `scheme` that brings none.
+        scheme: a preset's name in any case; a dict of preset names to targets; a dict of `weights`,
+            `input_activations`, `output_activations`; or a scheme.
+        config_groups: group names to schemes or dicts of their fields, or preset names to targets.
+        group_size: replaces the group size of every scheme's weights.
+        observers: replaces the observer of `weights`, `input_activations`, `output_activations` where not None.
+
+    Raises:
+        OptionError: neither or both of `scheme` and `config_groups`; an unknown preset, field or observer; a group
+            size for a scheme without groups.
+    """
+    target_list = [targets] if isinstance(targets, str) else list(targets)
+    if (scheme is None) == (config_groups is None):
+        raise OptionError("give either `scheme` (a preset such as 'W4A16') or `config_groups`, not both, not neither")
+    if scheme is None:
+        assert config_groups is not None
+        schemes = [_group_scheme(name, value, target_list) for name, value in config_groups.items()]
+    elif isinstance(scheme, QuantizationScheme):
+        schemes = [scheme.model_copy(deep=True)]
+    elif isinstance(scheme, str):
+        schemes = [_preset(scheme, target_list)]
+    elif scheme and all(key.upper() in PRESET_SCHEMES for key in scheme):
+        schemes = [_preset(name, value) for name, value in scheme.items()]
+    else:
+        schemes = [_explicit("scheme", scheme, target_list)]
+    owners: dict[str, int] = {}
+    for number, each in enumerate(schemes):
+        for target in each.targets:
+            if owners.setdefault(target, number) != number:
+                raise OptionError(f"target {target!r} is in two config groups; each target may have one scheme")
+    for each in schemes:
+        if group_size is not None:
+            _set_group_size(each, group_size)
+        for role in _ROLES:
+            args: QuantizationArgs | None = getattr(each, role)
+            if args is None:
+                continue
+            if observers and observers.get(role) is not None:
+                args.observer = observers[role]
+            observer_of(args, DEFAULT_WEIGHT_OBSERVER)
+    return schemes
+
+
+def resolve(
+    model: nn.Module, schemes: Sequence[QuantizationScheme], ignore: str | Sequence[str] | None = None
+) -> dict[str, QuantizationScheme]:
+    """Scheme of each module that is to be quantized, by qualified name in the order of the model.
+
+    `ignore`: names, classes or `re:` patterns to leave alone; None: `lm_head` where the model has one. Where several
+    targets match a module, its exact name goes before patterns and those before classes, as compressed-tensors reads
+    them back from a checkpoint.
+
+    Raises:
+        AlreadyQuantizedError: the model is quantized.
+        TargetError: a target or ignore pattern that matches no module, or nothing is left to quantize.
+        OptionError: a group size that does not divide a layer's width; a weight that is tied to another module's;
+            activations of an embedding; a module that another modifier quantizes.
+    """
+    _refuse_quantized(model)
+    names = dict(model.named_modules())
+    if ignore is None:
+        ignored = ["lm_head"] if "lm_head" in names else []
+    else:
+        ignored = [ignore] if isinstance(ignore, str) else list(ignore)
+        for pattern in ignored:
+            if not _matches(model, pattern):
+                raise TargetError(f"ignore pattern {pattern!r} matches no module: {_suggest(pattern, model)}")
+    owners = {target: scheme for scheme in schemes for target in scheme.targets}
+    for target in owners:
+        matched = [module for _, module in match_named_modules(model, [target])]
+        if not matched:
+            raise TargetError(f"target {target!r} matches no module: {_suggest(target, model)}")
+        if not any(isinstance(module, QUANTIZABLE) for module in matched):
+            kinds = ", ".join(sorted({type(module).__name__ for module in matched}))
+            raise TargetError(f"target {target!r} matches only {kinds}; Linear and Embedding modules can be quantized")
+    resolved: dict[str, QuantizationScheme] = {}
+    for name, module in match_named_modules(model, list(owners), ignored):
+        if isinstance(module, QUANTIZABLE):
+            scheme = owners[match_targets(name, module, list(owners))[0]]
+            if any(getattr(scheme, role) is not None for role in _ROLES):
+                resolved[name] = scheme
+    if not resolved:
+        raise TargetError(
+            f"nothing to quantize: every module that {sorted(owners)} match is ignored by {ignored} or unquantized"
+        )
+    for name, scheme in resolved.items():
+        module = names[name]
+        if hasattr(module, "quantization_scheme"):
+            raise OptionError(f"module {name!r} is quantized by another modifier too; give each its own targets")
+        if isinstance(module, nn.Embedding) and (scheme.input_activations or scheme.output_activations):
+            raise OptionError(f"module {name!r} is an embedding: its weights can be quantized, not its activations")
+    _refuse_tied(model, names, resolved)
+    _refuse_indivisible(names, resolved)
+    return resolved
+
+
+def check_finite(name: str, module: nn.Module) -> None:
+    """Refuse a weight that holds NaN or infinity; waits for the device. Weights on the meta device pass.
+
+    Raises:
+        NonFiniteWeightError: naming the parameter.
+    """
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    # The sum is one pass without a temporary. Absurd finite weights may overflow it; the count then lets them pass.
+    if weight.is_meta or bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+        return
+    bad = int((~torch.isfinite(weight.detach())).sum())
+    if bad:
+        raise NonFiniteWeightError(
+            f"parameter '{name}.weight' holds {bad} NaN or infinite values of {weight.numel()}; "
+            "load a sound checkpoint or ignore the module"
+        )
+
+
+def _group_scheme(name: str, value: Any, targets: list[str]) -> QuantizationScheme:
+    if isinstance(value, QuantizationScheme):
+        return value.model_copy(deep=True)
+    if isinstance(value, Mapping):
+        return _explicit(f"config group {name!r}", value, targets)
+    return _preset(name, value)
+
+
+def _preset(name: str, targets: str | Iterable[str]) -> QuantizationScheme:
+    if name.upper() not in PRESET_SCHEMES:
+        raise OptionError(f"unknown scheme {name!r}: {nearest(name, PRESET_SCHEMES)}")
+    return preset_name_to_scheme(name, [targets] if isinstance(targets, str) else list(targets))
+
+
+def _explicit(what: str, fields: Mapping[str, Any], targets: list[str]) -> QuantizationScheme:
+    for key in fields:
+        if key not in (*_SCHEME_KEYS, "targets"):
+            choices = [*_SCHEME_KEYS, "targets", *(PRESET_SCHEMES if what == "scheme" else ())]
+            raise OptionError(f"{what} has no field {key!r}: {nearest(key, choices)}")
+    try:
+        return QuantizationScheme(**{"targets": targets, **deepcopy(dict(fields))})
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise OptionError(f"{what} cannot be read: {error}") from error
+
+
+def _set_group_size(scheme: QuantizationScheme, group_size: int) -> None:
+    weights = scheme.weights
+    if weights is None or weights.strategy != QuantizationStrategy.GROUP or weights.scale_dtype is not None:
+        what = "has no weights" if weights is None else f"quantizes weights per {weights.strategy}"
+        fixed = (
+            "" if weights is None or weights.scale_dtype is None else f" of {weights.group_size}, fixed by its format"
+        )
+        raise OptionError(f"group size {group_size} does not apply: the scheme {what}{fixed}")
+    if group_size != -1 and group_size < 1:
+        raise OptionError(f"group size {group_size} must be at least 1, or -1 for one scale per output channel")
+    changed = {"group_size": None if group_size == -1 else group_size}
+    strategy = QuantizationStrategy.CHANNEL if group_size == -1 else QuantizationStrategy.GROUP
+    scheme.weights = weights.model_copy(update={**changed, "strategy": strategy.value})
+
+
+def _matches(model: nn.Module, pattern: str) -> bool:
+    return any(is_match(name, module, pattern) for name, module in model.named_modules())
+
+
+def _suggest(pattern: str, model: nn.Module) -> str:
+    if pattern.startswith("re:"):
+        return "a pattern is matched from the start of the module's name, such as 're:.*q_proj$'"
+    classes = {type(module).__name__ for module in model.modules()}
+    return nearest(pattern, classes | {name for name, _ in model.named_modules() if name})
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else getattr(existing, "quant_method", None)
+        raise AlreadyQuantizedError(
+            f"the model is quantized already ({getattr(method, 'value', method)}); start from the original checkpoint"
+        )
+    for name, module in model.named_modules():
+        status = getattr(module, "quantization_status", None)
+        # Another modifier of the same run leaves its modules initialized until it commits them.
+        if is_module_quantized(module) and status != QuantizationStatus.INITIALIZED:
+            raise AlreadyQuantizedError(f"module {name!r} is quantized already; start from the original checkpoint")
+
+
+def _refuse_tied(model: nn.Module, names: Mapping[str, nn.Module], resolved: Mapping[str, QuantizationScheme]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in resolved:
+        weight = names[name].weight
+        others = [owner for owner in owners.get(id(weight), []) if owner != f"{name}.weight"]
+        # One module under two names is no tie: it is quantized once.
+        others = [owner for owner in others if names[owner.rpartition(".")[0]] is not names[name]]
+        if others:
+            raise OptionError(
+                f"the weight of {name!r} is tied to {', '.join(map(repr, others))}: a checkpoint holds it once, and "
+                "quantizing one would change the other; ignore the module, or untie the weights first"
+            )
+
+
+def _refuse_indivisible(names: Mapping[str, nn.Module], resolved: Mapping[str, QuantizationScheme]) -> None:
+    for role in ("weights", "input_activations"):
+        by_size: dict[int, dict[str, int]] = {}
+        for name, scheme in resolved.items():
+            args: QuantizationArgs | None = getattr(scheme, role)
+            size = 0
+            if args is not None and args.strategy in _GROUPED:
+                size = args.group_size or 0
+            elif args is not None and args.strategy == QuantizationStrategy.BLOCK and args.block_structure:
+                size = args.block_structure[1]
+            weight = names[name].weight
+            assert isinstance(weight, torch.Tensor)
+            width = weight.shape[-1]
+            if size and width % size:
+                by_size.setdefault(size, {})[name] = width
+        for size, layers in by_size.items():
+            common = math.gcd(*layers.values())
+            fitting = [str(group) for group in _USUAL_GROUPS if common % group == 0] or [str(common)]
+            listed = ", ".join(f"{name} ({width})" for name, width in list(layers.items())[:4])
+            more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+            raise OptionError(
+                f"group size {size} of {role} does not divide the input width of {listed}{more}; "
+                f"sizes that fit them: {', '.join(fitting)}; or ignore these modules"
+            )

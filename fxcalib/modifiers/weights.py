@@ -1,0 +1,143 @@
+"""Quantizing a module's weight: round to nearest, or GPTQ where the second moments of its inputs are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+
+from fxcalib.math.gptq import Factor, solve
+from fxcalib.math.granularity import Granularity
+from fxcalib.math.grids import Grid, ScaleFormat
+from fxcalib.math.qparams import QParams, quantize_
+from fxcalib.modifiers.qargs import global_scale_of, granularity_of, grid_of, scale_format_of, search_weight
+from fxcalib.modifiers.scheme_modifier import store
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight is to be quantized, and its scales rounded."""
+
+    args: QuantizationArgs
+    grid: Grid
+    granularity: Granularity
+    scales: ScaleFormat
+
+    @staticmethod
+    def of(weight: Tensor, args: QuantizationArgs) -> WeightFormat:
+        """The format of `args` for this weight; two-level formats take their global scale from its extremes."""
+        global_scale = None
+        if args.strategy == "tensor_group":
+            global_scale = global_scale_of(args, *torch.aminmax(weight))
+        scales = scale_format_of(args, weight.dtype, global_scale)
+        return WeightFormat(args, grid_of(args), granularity_of(args), scales)
+
+    def search(self, weight_OI: Tensor, importance_I: Tensor | None = None) -> QParams:
+        """Scales and zero points in the shape they are stored in, by the observer of `args`."""
+        rows = None if importance_I is None else self.granularity.importance(importance_I, weight_OI.shape)
+        found = search_weight(self.granularity.table(weight_OI), self.args, self.scales, rows)
+        shape = self.granularity.shape(weight_OI.shape)
+        return QParams(
+            found.scale.reshape(shape), None if found.zero_point is None else found.zero_point.reshape(shape)
+        )
+
+    def expand(self, qparams: QParams, shape: torch.Size) -> QParams:
+        """Stored scales and zero points as one per output channel and run of input channels."""
+        zero_point = qparams.zero_point
+        return QParams(
+            self.granularity.expand(qparams.scale, shape),
+            None if zero_point is None else self.granularity.expand(zero_point, shape),
+        )
+
+    def write(self, module: nn.Module, quantized_OI: Tensor, qparams: QParams) -> None:
+        """Put the quantized weight, and scales and zero points in their stored form, into the module."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            weight.copy_(quantized_OI)
+        scale = qparams.scale
+        if self.scales.global_scale is not None:
+            store(module, "weight_global_scale", self.scales.global_scale)
+            scale = self.scales.stored(scale)
+        store(module, "weight_scale", scale)
+        if qparams.zero_point is not None:
+            store(module, "weight_zero_point", qparams.zero_point)
+
+
+def round_to_nearest(module: nn.Module, args: QuantizationArgs, importance_I: Tensor | None = None) -> Tensor:
+    """Quantize a module's weight to the nearest codes and store it; its relative squared error as a 0-dim tensor."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    original = weight.detach()
+    weight_format = WeightFormat.of(original, args)
+    qparams = weight_format.search(original, importance_I)
+    quantized = _quantize_rows(original, weight_format, qparams)
+    error = (quantized - original).square_().sum() / original.float().square().sum().clamp(min=1e-30)
+    weight_format.write(module, quantized, qparams)
+    return error
+
+
+def solve_together(
+    modules: list[nn.Module], args: QuantizationArgs, factor: Factor, block_size: int, static_groups: bool
+) -> list[Tensor]:
+    """Quantize weights that share their inputs by GPTQ and store them; the relative output error of each, 0-dim.
+
+    `static_groups`: the scales are found before the solve, from the original weights; otherwise each group's when its
+    first column is reached, from the columns as updated so far.
+    """
+    weights = [module.weight.detach() for module in modules if isinstance(module.weight, Tensor)]
+    formats = [WeightFormat.of(weight, args) for weight in weights]
+    grouped = formats[0].granularity.strategy == "group"
+    sizes = [weight.shape[0] for weight in weights]
+    columns = formats[0].granularity.group_of_column(weights[0].shape[1])
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if static_groups or not grouped:
+        importance = factor.importance()
+        found = [f.search(weight, importance) for f, weight in zip(formats, weights, strict=True)]
+        expanded = [f.expand(q, w.shape) for f, q, w in zip(formats, found, weights, strict=True)]
+        zeros = [q.zero_point for q in expanded if q.zero_point is not None]
+        given = QParams(torch.cat([q.scale for q in expanded]), torch.cat(zeros) if zeros else None)
+        solution = solve(stacked, factor, formats[0].grid, columns, given, block_size=block_size)
+    else:
+
+        def search(updated_OE: Tensor) -> QParams:
+            parts = [
+                search_weight(part, args, f.scales, None)
+                for f, part in zip(formats, torch.split(updated_OE.contiguous(), sizes), strict=True)
+            ]
+            part_zeros = [q.zero_point for q in parts if q.zero_point is not None]
+            return QParams(torch.cat([q.scale for q in parts]), torch.cat(part_zeros) if part_zeros else None)
+
+        solution = solve(stacked, factor, formats[0].grid, columns, search, block_size=block_size)
+        scales = torch.split(solution.scale_OG, sizes)
+        split_zeros = (
+            [None] * len(sizes) if solution.zero_point_OG is None else torch.split(solution.zero_point_OG, sizes)
+        )
+        found = [QParams(scale, zero) for scale, zero in zip(scales, split_zeros, strict=True)]
+    errors = []
+    parts = zip(
+        modules,
+        formats,
+        found,
+        torch.split(solution.weight_OI, sizes),
+        torch.split(solution.error_O, sizes),
+        torch.split(solution.energy_O, sizes),
+        strict=True,
+    )
+    for module, weight_format, qparams, quantized, error, energy in parts:
+        weight_format.write(module, quantized, qparams)
+        errors.append(error.sum() / energy.sum().clamp(min=1e-30))
+    return errors
+
+
+def _quantize_rows(weight_OI: Tensor, weight_format: WeightFormat, qparams: QParams) -> Tensor:
+    expanded = weight_format.expand(qparams, weight_OI.shape)
+    out, width = weight_OI.shape
+    scale, zero_point = expanded.scale[:, :, None], expanded.zero_point
+    groups = scale.shape[1]
+    # The last block of columns may be short only where there is one scale for all columns.
+    tiles = weight_OI.float().clone().reshape(out, groups, -1)
+    quantize_(tiles, scale, None if zero_point is None else zero_point[:, :, None], weight_format.grid)
+    return tiles.reshape(out, width)

@@ -1,0 +1,291 @@
+"""The named pipelines: each says what to run (a traced graph or the whole model) and hands it to one machine.
+
+| name          | program                                    | schedule                                  |
+|---------------|--------------------------------------------|-------------------------------------------|
+| `sequential`  | the traced graph, cut at sequential targets | calibrate k, commit k, propagate k, each k |
+| `basic`       | the whole model as one subgraph             | calibrate, commit                         |
+| `datafree`    | the whole model as one subgraph             | commit                                    |
+| `independent` | that of each modifier's own pipeline        | one modifier after the other              |
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fxcalib.arguments import DatasetArguments
+from fxcalib.batch_checks import check_batch
+from fxcalib.errors import DataError, OptionError, nearest
+from fxcalib.executor import Batches, execute
+from fxcalib.intermediates import Intermediates, storage_device
+from fxcalib.modifiers.base import Modifier, ModuleResult
+from fxcalib.partitioning import partition
+from fxcalib.planning import Plan, make_plan
+from fxcalib.programs import Program, TracedProgram, WholeProgram
+from fxcalib.progress import Progress
+from fxcalib.report import SubgraphReport
+from fxcalib.tracing import TraceError, trace
+from fxcalib.weights import Residency
+
+Dataloader = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of a pipeline did."""
+
+    plans: tuple[Plan, ...]
+    subgraphs: tuple[SubgraphReport, ...]
+    modules: tuple[ModuleResult, ...]
+    samples: int
+    batches: int
+    tokens: int
+    """Calibration tokens without padding, each counted once."""
+    retraces: int
+
+    @property
+    def passes(self) -> int:
+        """Passes over all batches that were run."""
+        return sum(plan.passes for plan in self.plans)
+
+
+class CalibrationPipeline(ABC):
+    """A way of taking calibration data through a model, made with the modifiers that it applies."""
+
+    name: ClassVar[str]
+    uses_data: ClassVar[bool] = True
+    _registry: ClassVar[dict[str, type[CalibrationPipeline]]] = {}
+
+    def __init__(self, modifiers: Sequence[Modifier]) -> None:
+        self.modifiers = tuple(modifiers)
+        if not self.modifiers:
+            raise OptionError("a pipeline needs at least one modifier")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        CalibrationPipeline._registry[cls.name] = cls
+
+    @classmethod
+    def named(cls, name: str) -> type[CalibrationPipeline]:
+        """The pipeline called `name`; case, `-` and `_` are alike.
+
+        Raises:
+            OptionError: there is none; the message offers the nearest names.
+        """
+        plain = {key.replace("_", ""): found for key, found in cls._registry.items()}
+        wanted = name.lower().replace("-", "").replace("_", "")
+        if wanted not in plain:
+            raise OptionError(f"unknown pipeline {name!r}: {nearest(name, cls._registry)}")
+        return plain[wanted]
+
+    @classmethod
+    def from_modifiers(cls, modifiers: Sequence[Modifier], user: str | None = None) -> CalibrationPipeline:
+        """The pipeline that `modifiers` call for: data-free where none needs data, else sequential.
+
+        A user's choice wins: with a warning where it is worse, with an error where it cannot work.
+
+        Raises:
+            OptionError: `user` is unknown, or data-free with modifiers that need data.
+        """
+        needing = [type(m).__name__ for m in modifiers if m.needs_data]
+        inferred = "sequential" if needing else "datafree"
+        chosen = cls.named(user or inferred)
+        if not chosen.uses_data and needing:
+            raise OptionError(
+                f"the {chosen.name} pipeline shows no data to the model, but {' and '.join(needing)} "
+                f"needs it; use pipeline={inferred!r}"
+            )
+        if chosen.name == "basic" and inferred == "sequential":
+            warnings.warn(
+                f"the basic pipeline calibrates every layer on the outputs of the original model; "
+                f"pipeline={inferred!r} calibrates on those of the compressed one and gives a better result",
+                stacklevel=2,
+            )
+        return chosen(modifiers)
+
+    @abstractmethod
+    def program(self, model: nn.Module, batch: Mapping[str, Any], arguments: DatasetArguments) -> Program:
+        """What is run, given the first batch."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        dataloader: Dataloader | None,
+        dataset_args: DatasetArguments | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Outcome:
+        """Compress `model` in place.
+
+        Args:
+            model: moved back to where it was when done.
+            dataloader: batches as dicts of tensors for `model(**batch)`; None where no modifier needs data.
+            dataset_args: None for the defaults.
+            progress: is told of every step.
+
+        Raises:
+            FxcalibError: see `fxcalib.errors`; the message names the culprit and the next step.
+        """
+        arguments = dataset_args or DatasetArguments()
+        progress = progress or Progress()
+        device = arguments.compute_device()
+        torch.manual_seed(arguments.seed)
+        with _calibrating(model), _attached(self.modifiers, model):
+            return self._run(model, dataloader, arguments, device, progress)
+
+    def _run(
+        self,
+        model: nn.Module,
+        dataloader: Dataloader | None,
+        arguments: DatasetArguments,
+        device: torch.device,
+        progress: Progress,
+    ) -> Outcome:
+        needs = [modifier.needs for modifier in self.modifiers]
+        store = Intermediates(device, storage_device(arguments.sequential_offload_device, device))
+        if any(need.observed for need in needs):
+            first, rest = _first_of(dataloader)
+            batches = (_without_cache(model, batch) for batch in chain([first], rest))
+            checked = _without_cache(model, first)
+            check_batch(model, checked, 0)
+            progress.phase("trace")
+            program = self.program(model, checked, arguments)
+            taken = Batches(program, store)
+            taken.add(batches, lambda batch, index: check_batch(model, batch, index))
+        else:
+            program = WholeProgram(model)
+            taken = Batches(program, store)
+        resident = Residency(model, device).complete
+        plans = {
+            variant: make_plan(
+                program.parts(variant), needs, program.inputs(variant), resident=resident
+            )
+            for variant in sorted(taken.variants | {0})
+        }
+        progress.phase("calibrate")
+        done = execute(plans, program, taken, self.modifiers, device=device, progress=progress)
+        return Outcome(
+            plans=(plans[0],),
+            subgraphs=done.subgraphs,
+            modules=done.modules,
+            samples=sum(fact.samples for fact in taken.facts),
+            batches=len(taken),
+            tokens=sum(fact.tokens for fact in taken.facts),
+            retraces=program.retraces,
+        )
+
+
+class SequentialPipeline(CalibrationPipeline):
+    """Each batch passes each subgraph twice: to calibrate it, then to propagate what the compressed subgraph puts out."""
+
+    name = "sequential"
+
+    def program(self, model: nn.Module, batch: Mapping[str, Any], arguments: DatasetArguments) -> Program:
+        targets = None if arguments.sequential_targets is None else list(arguments.sequential_targets)
+        try:
+            traced = trace(model, batch, targets, device=arguments.compute_device())
+        except TraceError:
+            with torch.no_grad():
+                model(**batch)  # an error of the model itself is clearer than one of its trace
+            raise
+        return TracedProgram(partition(traced, arguments.sequential_targets_per_subgraph))
+
+
+class BasicPipeline(CalibrationPipeline):
+    """Whole forwards of the model: works wherever the model runs, and propagates no error of compression."""
+
+    name = "basic"
+
+    def program(self, model: nn.Module, batch: Mapping[str, Any], arguments: DatasetArguments) -> Program:
+        return WholeProgram(model)
+
+
+class DataFreePipeline(BasicPipeline):
+    """Weights alone; no data is needed."""
+
+    name = "datafree"
+    uses_data = False
+
+
+class IndependentPipeline(CalibrationPipeline):
+    """Each modifier has its own epoch and its own inferred pipeline, in order."""
+
+    name = "independent"
+
+    def program(self, model: nn.Module, batch: Mapping[str, Any], arguments: DatasetArguments) -> Program:
+        raise NotImplementedError("each modifier's own pipeline says what is run")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        dataloader: Dataloader | None,
+        dataset_args: DatasetArguments | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Outcome:
+        batches = None if dataloader is None else list(dataloader)
+        outcomes = [
+            CalibrationPipeline.from_modifiers([m])(model, batches, dataset_args, progress=progress)
+            for m in self.modifiers
+        ]
+        most = max(outcomes, key=lambda outcome: outcome.batches)
+        return Outcome(
+            plans=tuple(plan for o in outcomes for plan in o.plans),
+            subgraphs=tuple(subgraph for o in outcomes for subgraph in o.subgraphs),
+            modules=tuple(module for o in outcomes for module in o.modules),
+            samples=most.samples,
+            batches=most.batches,
+            tokens=most.tokens,
+            retraces=sum(o.retraces for o in outcomes),
+        )
+
+
+def _first_of(dataloader: Dataloader | None) -> tuple[Mapping[str, Any], Iterator[Mapping[str, Any]]]:
+    if dataloader is None:
+        raise DataError("these modifiers need calibration data; pass a dataloader of dicts of tensors")
+    rest = iter(dataloader)
+    try:
+        return next(rest), rest
+    except StopIteration:
+        raise DataError("the dataloader yields no batch; pass at least one") from None
+
+
+def _without_cache(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Calibration needs no key-value cache: models that take `use_cache` are told so, unless the batch says otherwise."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    if not isinstance(batch, Mapping) or not takes or "use_cache" in batch:
+        return batch
+    return {**batch, "use_cache": False}
+
+
+@contextmanager
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _attached(modifiers: Sequence[Modifier], model: nn.Module) -> Iterator[None]:
+    attached: list[Modifier] = []
+    try:
+        for modifier in modifiers:
+            attached.append(modifier)
+            modifier.attach(model)
+        yield
+    finally:
+        for modifier in reversed(attached):
+            modifier.detach(model)

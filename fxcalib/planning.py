@@ -1,0 +1,210 @@
+"""The schedule of a calibration as data: a list of frozen steps that prints as text, and passes that rewrite it.
+
+    calibrate   one pass over the batches through a subgraph, with modifiers observing it
+    commit      statistics become new weights; no data
+    propagate   one pass over the batches through the compressed subgraph, keeping what later subgraphs read
+    load/unload a subgraph's weights move to the device and back
+
+`naive_plan` writes the whole schedule down; `prune`, `free` and `place` turn it into the one that runs. No step touches a
+tensor before `fxcalib.executor` executes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fxcalib.errors import PlanError
+from fxcalib.modifiers.base import Needs
+
+Kind = Literal["load", "calibrate", "commit", "propagate", "unload"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan, on one subgraph."""
+
+    kind: Kind
+    subgraph: int
+    modifiers: tuple[int, ...] = ()
+    """Positions of the modifiers that observe or commit."""
+    modules: int = 0
+    """How many modules they observe or commit."""
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    """Values that later steps read; a calibration writes only where no second pass follows."""
+    frees: tuple[str, ...] = ()
+    """Values that no later step reads."""
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether this step passes over the batches."""
+        return self.kind in ("calibrate", "propagate")
+
+    def __str__(self) -> str:
+        parts = [f"{self.kind:<9}  subgraph {self.subgraph}"]
+        if self.modifiers:
+            verb = "observing" if self.kind == "calibrate" else "compressing"
+            parts.append(f"modifier {','.join(map(str, self.modifiers))} {verb} {self.modules} modules")
+        for name, values in (("reads", self.reads), ("writes", self.writes), ("frees", self.frees)):
+            if values:
+                parts.append(f"{name} {', '.join(values)}")
+        return "  ".join(parts)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What planning knows of a subgraph: names only."""
+
+    index: int
+    modules: frozenset[str]
+    """Qualified names of all modules it runs, descendants included."""
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule over `subgraphs` subgraphs."""
+
+    steps: tuple[Step, ...]
+    subgraphs: int
+    inputs: tuple[str, ...]
+    """Values that are there before the first step: what the batches hold."""
+
+    @property
+    def passes(self) -> int:
+        """How many times the data passes through a subgraph."""
+        return sum(step.sweeps for step in self.steps)
+
+    def __str__(self) -> str:
+        return self._text()
+
+    def _text(self, wrong: int | None = None) -> str:
+        head = f"plan: {self.subgraphs} subgraphs, {self.passes} passes over the data, batches hold {', '.join(self.inputs)}"
+        lines = [f"{i:>3}  {s}{'  <-- ERROR HERE' if i == wrong else ''}" for i, s in enumerate(self.steps)]
+        return "\n".join([head, *lines])
+
+    def verify(self) -> Plan:
+        """Hold the schedule against its own rules; returns the plan.
+
+        Raises:
+            PlanError: a step reads a value that is not there, or commits what was not calibrated before; the message is
+                the whole plan with the wrong step marked.
+        """
+        there = set(self.inputs)
+        for index, step in enumerate(self.steps):
+            missing = [name for name in step.reads if name not in there]
+            if missing:
+                raise PlanError(f"step {index} reads {', '.join(missing)}, never written or freed\n{self._text(index)}")
+            there |= set(step.writes)
+            unknown = [name for name in step.frees if name not in there]
+            if unknown:
+                raise PlanError(f"step {index} frees {', '.join(unknown)}, which is not there\n{self._text(index)}")
+            there -= set(step.frees)
+        return self
+
+
+def naive_plan(parts: Sequence[Part], needs: Sequence[Needs], inputs: Iterable[str], *, propagate: bool = True) -> Plan:
+    """Calibrate k, commit k, propagate k, for each subgraph k.
+
+    Modifiers that touch different modules of a subgraph share its passes; one that touches what an earlier one has
+    changed gets a calibration of its own behind that commit.
+    """
+    steps: list[Step] = []
+    for part in parts:
+        steps.append(Step("load", part.index))
+        for group in _groups(part, needs):
+            observed = len({m for i in group for m in needs[i].observed & part.modules})
+            committed = len({m for i in group for m in needs[i].committed & part.modules})
+            steps.append(Step("calibrate", part.index, group, observed, part.reads))
+            steps.append(Step("commit", part.index, group, committed))
+        if propagate:
+            steps.append(Step("propagate", part.index, reads=part.reads, writes=part.writes))
+        steps.append(Step("unload", part.index))
+    return Plan(tuple(steps), len(parts), tuple(inputs))
+
+
+def _groups(part: Part, needs: Sequence[Needs]) -> list[tuple[int, ...]]:
+    groups: list[tuple[int, ...]] = []
+    touched: set[str] = set()
+    for index, need in enumerate(needs):
+        touches = (need.observed | need.committed) & part.modules
+        if groups and not touches & touched:
+            groups[-1] = (*groups[-1], index)
+        else:
+            groups.append((index,))
+            touched = set()
+        touched |= touches
+    return groups
+
+
+def prune(plan: Plan) -> Plan:
+    """Drop what changes nothing.
+
+    No calibration without observed modules, no commit without committed ones; where a subgraph is calibrated but nothing
+    in it is compressed, its one pass also writes; no pass whose values nothing reads.
+    """
+    steps = [s for s in plan.steps if s.kind not in ("calibrate", "commit") or s.modules]
+    committed = {s.subgraph for s in steps if s.kind == "commit"}
+    merged: list[Step] = []
+    for step in steps:
+        only = [i for i, s in enumerate(merged) if s.kind == "calibrate" and s.subgraph == step.subgraph]
+        if step.kind == "propagate" and only and step.subgraph not in committed:
+            merged[only[-1]] = replace(merged[only[-1]], writes=step.writes)
+        else:
+            merged.append(step)
+    return replace(plan, steps=tuple(_without_dead(merged)))
+
+
+def _without_dead(steps: Sequence[Step]) -> list[Step]:
+    wanted: set[str] = set()
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if step.sweeps:
+            step = replace(step, writes=tuple(name for name in step.writes if name in wanted))
+            if step.kind == "propagate" and not step.writes:
+                continue
+            wanted |= set(step.reads)
+        kept.append(step)
+    kept.reverse()
+    busy = {step.subgraph for step in kept if step.kind not in ("load", "unload")}
+    return [step for step in kept if step.subgraph in busy]
+
+
+def free(plan: Plan) -> Plan:
+    """Free every value with the last step that reads it, and what nothing reads with the first pass."""
+    last: dict[str, int] = {}
+    for index, step in enumerate(plan.steps):
+        last.update(dict.fromkeys(step.reads, index))
+    first = next((i for i, s in enumerate(plan.steps) if s.sweeps), None)
+    if first is None:
+        return plan
+    for name in plan.inputs:
+        last.setdefault(name, first)
+    frees: dict[int, list[str]] = {}
+    for name, index in last.items():
+        frees.setdefault(index, []).append(name)
+    steps = (replace(step, frees=tuple(frees.get(i, ()))) for i, step in enumerate(plan.steps))
+    return replace(plan, steps=tuple(steps))
+
+
+def place(plan: Plan, *, resident: bool) -> Plan:
+    """Drop the moves of weights where all weights already lie on the device that computes."""
+    if not resident:
+        return plan
+    return replace(plan, steps=tuple(s for s in plan.steps if s.kind not in ("load", "unload")))
+
+
+def make_plan(
+    parts: Sequence[Part],
+    needs: Sequence[Needs],
+    inputs: Iterable[str],
+    *,
+    resident: bool = True,
+    propagate: bool = True,
+) -> Plan:
+    """The schedule that runs: `naive_plan` after all passes, verified."""
+    plan = naive_plan(parts, needs, inputs, propagate=propagate)
+    return place(free(prune(plan)), resident=resident).verify()

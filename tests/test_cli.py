@@ -1,0 +1,207 @@
+"""The command line: quick to answer, results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from tiny_llama import VOCABULARY, save_tiny_llama
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from fxcalib import cli
+from fxcalib.display import Pace, RichProgress
+from fxcalib.modifiers.base import ModuleResult
+
+HEAVY = ("torch", "transformers", "compressed_tensors", "datasets", "networkx")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a tiny model in `tiny` and some text in `words.txt`."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_llama(tmp_path / "tiny")
+    (tmp_path / "words.txt").write_text(" ".join(f"w{3 + i * i % (VOCABULARY - 3)}" for i in range(2000)))
+    return tmp_path
+
+
+def _run(*arguments: str, code: int = 0) -> tuple[str, str]:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout, result.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, fxcalib.cli\n"
+        "try:\n    fxcalib.cli.main()\n"
+        f"finally:\n    print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
+    )
+    for arguments in (["--help"], ["quantize", "--help"], ["eval", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr.splitlines()[-1] == "[]", arguments
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the time of one child process")
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-m", "fxcalib", "--help"], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        assert status == 0
+        seconds.append(usage.ru_utime + usage.ru_stime)  # not the wall time, which says more about the machine's load
+    assert min(seconds) < 0.5
+
+
+def test_version_and_help_texts() -> None:
+    assert _run("--version")[0].startswith("fxcalib ")
+    shown = _run("quantize", "--help")[0]
+    for text in ("--group-size", "--ignore", "What to do", "How it runs", "Examples", "--json"):
+        assert text in shown
+
+
+def test_unknown_options_offer_the_nearest() -> None:
+    _, errors = _run("quantize", "--group-sise", "64", code=2)
+    assert "--group-size" in errors
+
+
+def test_eval(work: Path) -> None:
+    out, errors = _run("eval", "tiny", "--data", "words.txt", "--seq-len", "32", "--samples", "4", "--json")
+    result = json.loads(out)
+    assert result["tokens"] == 128
+    assert result["kl"] is None
+    assert 50 < result["perplexity"] < 300  # random weights: about the size of the vocabulary
+    assert "evaluate" in errors
+    out, errors = _run(
+        "eval", "tiny", "--reference", "tiny", "--data", "words.txt", "--seq-len", "32", "--samples", "4", "--quiet"
+    )
+    assert out.startswith("perplexity ")
+    assert "KL to the reference 0.0000 nats" in out
+    assert errors == ""
+
+
+def test_bad_input_is_one_message_and_code_2(work: Path) -> None:
+    out, errors = _run("eval", "./tyni", "--json", code=2)
+    assert out == ""
+    assert "error: model folder './tyni' does not exist; did you mean 'tiny'?" in errors
+    assert "Traceback" not in errors
+    result = CliRunner().invoke(cli.app, ["eval", "./tyni", "--debug"])
+    assert type(result.exception).__name__ == "ModelError"
+
+
+def test_interrupt_is_code_130() -> None:
+    with pytest.raises(typer.Exit) as stopped, cli._reported(debug=False, quiet=True, as_json=False):
+        raise KeyboardInterrupt
+    assert stopped.value.exit_code == 130
+
+
+def test_names_are_split_at_commas_but_patterns_are_not() -> None:
+    assert cli._names(["a,b", "re:x{1,2}", "c"]) == ["a", "b", "re:x{1,2}", "c"]
+    assert cli._names(None) is None
+
+
+def test_default_output() -> None:
+    assert str(cli.default_output("HuggingFaceTB/SmolLM2-135M-Instruct", "W4A16")) == "SmolLM2-135M-Instruct-W4A16"
+    assert str(cli.default_output("./models/tiny/", "FP8")) == "tiny-FP8"
+
+
+def test_quantize(work: Path) -> None:
+    out, errors = _run(
+        *("quantize", "tiny", "--group-size", "32", "--data", "words.txt", "--samples", "4", "--seq-len", "32"),
+        *("--eval", "--json", "--device", "cpu"),
+    )
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert Path(result["output"]).resolve() == work / "tiny-W4A16"
+    assert result["tokens"] == 128
+    assert result["subgraphs"] >= 2
+    assert result["modules"] == 14
+    assert result["perplexity_before"] != result["perplexity_after"]
+    assert result["peak_host_bytes"] > 0
+    assert "calibrate" in errors
+    assert AutoModelForCausalLM.from_pretrained("tiny-W4A16").config.quantization_config is not None
+    _, errors = _run("quantize", "tiny", "--group-size", "32", "--data", "words.txt", code=2)
+    assert "is not empty; give a new one or pass --overwrite" in errors
+    assert json.loads(_run("eval", "tiny-W4A16", "--data", "words.txt", "--seq-len", "32", "--json")[0])["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny", "--algorithm", "gtpq"], "did you mean 'gptq'?"),
+        (["tiny", "--scheme", "W4A61"], "W4A16"),
+        (["tiny", "--pipeline", "sequental"], "sequential"),
+        (["tiny", "--offload", "gpu"], "gpu"),
+        (["tiny", "--group-size", "48"], "48"),
+        (["tiny", "--ignore", "lm_haed"], "lm_head"),
+        (["tiny", "--targets", "LlamaDecoderLayr"], "LlamaDecoderLayer"),
+        (["tiny", "--samples", "100000"], "samples"),
+        (["./missing"], "does not exist"),
+        (["tiny", "-o", "tiny"], "not empty"),
+    ],
+)
+def test_bad_quantize_input_leaves_nothing_behind(work: Path, arguments: list[str], message: str) -> None:
+    before = sorted(p.name for p in work.rglob("*"))
+    data = ["--data", "words.txt", "--seq-len", "32", "--device", "cpu"]
+    samples = [] if "--samples" in arguments else ["--samples", "4"]
+    out, errors = _run("quantize", *arguments, *data, *samples, code=2)
+    assert message in errors
+    assert "Traceback" not in errors
+    assert out == ""
+    assert sorted(p.name for p in work.rglob("*")) == before
+
+
+def test_pace_counts_over_all_passes() -> None:
+    pace = Pace()
+    pace.plan(subgraphs=2, passes=3, batches=4)
+    assert pace.remaining_seconds(0.0) is None
+    pace.sweep(0, "calibrate", 4, 100.0)
+    for second in (101.0, 102.0, 103.0, 104.0):
+        pace.batch(50, second)
+    pace.sweep(0, "propagate", 4, 104.0)
+    pace.batch(50, 105.0)
+    pace.batch(50, 106.0)
+    assert (pace.done, pace.total) == (6, 12)
+    assert pace.remaining_seconds(106.0) == 6.0
+    assert pace.tokens_per_second == 50.0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_where_the_run_is(terminal: bool) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100)
+    progress = RichProgress(console=console)
+    progress.phase("calibrate")
+    progress.plan(subgraphs=3, passes=5, batches=2)
+    progress.sweep(0, "calibrate", 2)
+    progress.batch(64)
+    progress.module(ModuleResult("layers.0.up", "int4", 0.0123, "output", 0.1, ("damping [raised]",)))
+    if terminal:
+        console.print(progress._render())
+    progress.close()
+    progress.close()
+    shown = stream.getvalue()
+    assert "subgraph 1 of 3, calibrate" in shown
+    assert "damping [raised]" in shown
+    if terminal:
+        assert "1.23e-02 of output" in shown
+        assert "1/10" in shown
+
+
+def test_quiet_progress_is_silent() -> None:
+    stream = io.StringIO()
+    progress = RichProgress(quiet=True, console=Console(file=stream, force_terminal=True))
+    progress.phase("calibrate")
+    progress.plan(1, 1, 1)
+    progress.sweep(0, "calibrate", 1)
+    progress.batch(1)
+    progress.close()
+    assert stream.getvalue() == ""
