@@ -35,7 +35,7 @@ class Size:
     batch_size: int = 1
 
 
-QUICK = Size(samples=8, windows=4)
+QUICK = Size(samples=4, windows=2, seq_len=256)
 
 TOOLS = {
     "fxcalib": ("fxcalib", None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
@@ -32,22 +33,24 @@ def fxcalib(model: nn.Module, folder: Path, windows: torch.Tensor, batch_size: i
     from fxcalib import calibrate
     from fxcalib.modifiers import GPTQModifier
 
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in windows.split(batch_size)]
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.split(windows, batch_size)
+    ]
     calibrate(model, batches, [GPTQModifier(config_groups=scheme(observer), ignore=["lm_head"])])
 
 
 def llmcompressor(model: nn.Module, folder: Path, windows: torch.Tensor, batch_size: int, observer: str | None) -> None:
     """GPTQ by llm-compressor on the same batches; it wants the tokenizer too."""
-    from llmcompressor import oneshot  # type: ignore[import-untyped]
-    from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-untyped]
     from transformers import AutoTokenizer
 
+    oneshot = importlib.import_module("llmcompressor").oneshot  # not a dependency, so type checking must do without
+    modifier = importlib.import_module("llmcompressor.modifiers.gptq").GPTQModifier
     samples: Any = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
     oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(folder),
         dataset=DataLoader(samples, batch_size=batch_size),
-        recipe=GPTQModifier(config_groups=scheme(observer), ignore=["lm_head"]),
+        recipe=modifier(config_groups=scheme(observer), ignore=["lm_head"]),
         pipeline="sequential",
     )
 

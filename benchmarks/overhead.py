@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks import gptq
-from benchmarks.environment import environment, idle_warning, pin_threads, usable_cores
+from benchmarks.environment import environment, idle_warning, pin_threads
 from benchmarks.models import smollm2
 from benchmarks.results import FOLDER, markdown, save
 from benchmarks.texts import news
@@ -120,7 +120,7 @@ def measure(folder: Path, size: gptq.Size, repeats: int) -> dict[str, list[float
 
 
 def table(walk: dict[str, list[float]]) -> str:
-    """The times of `measure` as Markdown: best and median, and the calibration's ratio to each."""
+    """The times of `measure` as Markdown: best and median, and the ratio of the calibration's to each."""
     names = {
         "calibration": "sequential calibration that does nothing",
         "two_forwards": "two plain forwards",
@@ -133,8 +133,8 @@ def table(walk: dict[str, list[float]]) -> str:
             "what": line,
             "best, s": best[name],
             "median, s": median[name],
-            "calibration / this, best": best["calibration"] / best[name],
-            "median ": median["calibration"] / median[name],
+            "ratio of best": best["calibration"] / best[name],
+            "ratio of medians": median["calibration"] / median[name],
         }
         for name, line in names.items()
     ]

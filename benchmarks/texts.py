@@ -43,6 +43,7 @@ def plain_text(wikitext: str) -> str:
     text = re.sub(r"\[\[([^\[\]|:]*)\]\]", r"\1", text)
     text = _without_nested(text, r"\[\[[^\[\]]*\]\]")  # files, categories, other languages: what still has brackets
     text = re.sub(r"\[https?://\S*\s*([^\]]*)\]", r"\1", text)
+    text = re.sub(r"<br\s*/?>", " ", text)
     text = re.sub(r"</?[a-zA-Z][^>]*>", "", text)
     text = re.sub(r"'{2,}", "", html.unescape(text)).replace("\u00a0", " ")
     text = re.sub(r"[ \t]+", " ", re.sub(r"\(\s*[;,]?\s*\)", "", text))

@@ -1,4 +1,4 @@
-"""The two calls that most users need: `calibrate` compresses a model in place, `quantize` also loads, evaluates and saves."""
+"""The two calls most users need: `calibrate` compresses a model in place, `quantize` also loads, evaluates, saves."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def quantize(
         data: a text, jsonl, json, csv or parquet file, a folder of those, a `datasets` id, or batches as dicts of
             tensors; default: text that the package ships.
         text_column: of the data; default: `text`.
-        samples, seq_len: how much text, in samples and tokens a sample; default: up to 128 samples of up to 1024 tokens.
+        samples, seq_len: how much text, in samples and tokens a sample; default: up to 128 of up to 1024.
         batch_size: samples a batch.
         pack: join documents to samples without padding; else one document is one sample, padded.
         pipeline: as `calibrate`; default: inferred from the modifiers.
@@ -245,19 +245,15 @@ def _scheme_label(scheme: str, group_size: int | None) -> str:
     return scheme.upper() if group_size is None else f"{scheme.upper()} group {group_size}"
 
 
-def _load(
-    model: str | Path | nn.Module | None, processor: Any, dtype: str, trust_remote_code: bool
-) -> LoadedModel:
+def _load(model: str | Path | nn.Module | None, processor: Any, dtype: str, trust_remote_code: bool) -> LoadedModel:
     if isinstance(model, nn.Module):
         refuse_quantized(model)
         refuse_non_finite(model)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         return LoadedModel(model=model, processor=processor, source=Path(), name=name)
-    if model is None:
-        from fxcalib.embedded import MODEL_DIR
+    from fxcalib.embedded import MODEL_DIR
 
-        model = MODEL_DIR
-    return load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    return load(MODEL_DIR if model is None else model, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _data(

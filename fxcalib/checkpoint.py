@@ -104,7 +104,11 @@ def save(
             _write(model, staging, processor, source)
             if report is not None:
                 _write_json(staging / REPORT_NAME, report.to_dict())
-            size = sum(_sync(file) for file in staging.rglob("*") if file.is_file())
+            files = [file for file in staging.rglob("*") if file.is_file()]
+            mode = (staging / "config.json").stat().st_mode
+            for file in files:
+                file.chmod(mode)  # safetensors lets only the owner read what it writes
+            size = sum(map(_sync, files))
         return SavedCheckpoint(path=target, bytes=size)
     except OSError as error:
         _remove_empty(created)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +87,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of erro
 
 def main() -> None:
     """Entry point of `fxcalib` and `python -m fxcalib`."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # compressed-tensors draws bars of its own, over ours
     app()
 
 
@@ -176,14 +174,15 @@ def quantize(
     ] = True,
     seed: Seed = 0,
     pipeline: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="P",
             help="[cyan]sequential[/cyan] calibrates one subgraph after the other, each on what the compressed ones "
-            "before it really output.",
+            "before it really output; [cyan]basic[/cyan] runs the whole model at once; [cyan]datafree[/cyan] runs "
+            "nothing; [cyan]independent[/cyan]: each step its own. Default: what the algorithm needs.",
             rich_help_panel="How it runs",
         ),
-    ] = "sequential",
+    ] = None,
     targets: Targets = None,
     offload: Annotated[
         str,

@@ -21,6 +21,7 @@ from fxcalib.progress import Progress
 from fxcalib.sources import load_texts
 
 DEFAULT_SAMPLES = 64
+DEFAULT_SEQ_LEN = 512
 
 CHUNK_VALUES = 1 << 24
 """Logits that are held in float32 at once, 64 MiB for each model: bounds the memory of large vocabularies."""
@@ -95,7 +96,7 @@ def evaluate(
     tokenizer: Any = None,
     text_column: str | None = None,
     samples: int | None = None,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 1,
     device: str | None = None,
     seed: int = 0,
@@ -105,8 +106,8 @@ def evaluate(
 
     A model is a module, which stays where it is, or a checkpoint folder or hub id, quantized or not, which is loaded
     to `device` (the CPU by default). `data` is a source for `load_texts` of which `samples` windows of `seq_len` tokens
-    are drawn by `seed` (as many as there are, up to 64, by default), or windows, (window, sequence) int64; without
-    `data`, the held-out part of the built-in text.
+    are drawn by `seed` (by default as many as there are, up to 64, of 512 tokens or what the model can take), or
+    windows, (window, sequence) int64; without `data`, the held-out part of the built-in text.
     `tokenizer` is that of the model's checkpoint unless given.
 
     Raises ModelError for a folder that is no checkpoint and for models whose vocabularies differ, OptionError for
@@ -127,7 +128,9 @@ def evaluate(
             raise OptionError("a model object alone cannot be evaluated on text: pass tokenizer=, or windows as data=")
         texts = load_texts(data, column=text_column, builtin="heldout")
         count = DEFAULT_SAMPLES if samples is None else samples
-        drawn = build(texts, tokenizer, samples=count, seq_len=seq_len, seed=seed, at_most=samples is None)
+        limit = getattr(getattr(own, "config", None), "max_position_embeddings", None) or DEFAULT_SEQ_LEN
+        length = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
+        drawn = build(texts, tokenizer, samples=count, seq_len=length, seed=seed, at_most=samples is None)
         windows, source = torch.stack(drawn.samples), drawn.source
     _check_windows(windows, batch_size)
     progress.phase("evaluate")

@@ -16,6 +16,7 @@ import huggingface_hub.constants
 import torch
 import transformers
 from torch import nn
+from tqdm.std import tqdm  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -83,7 +84,8 @@ def load(
     """Load `model`, a local folder or a hub id, from safetensors files.
 
     `dtype` is `auto` (what the checkpoint says) or a name of `DTYPES`. Code that comes with the model runs only with
-    `trust_remote_code`. A quantized checkpoint is refused, as it cannot be quantized again, unless `allow_quantized`.
+    `trust_remote_code`. A quantized checkpoint is refused, as it cannot be quantized again, unless `allow_quantized`;
+    its weights are then decompressed.
 
     Raises ModelError for a model that cannot be found or read, AlreadyQuantizedError, NonFiniteWeightError and, for a
     `dtype` or `device` that does not exist, OptionError.
@@ -137,12 +139,21 @@ def refuse_non_finite(model: nn.Module) -> None:
 
 @contextmanager
 def progress_bars_disabled() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal; fxcalib draws its own."""
+    """Keep the progress bars of transformers and compressed-tensors off the terminal; fxcalib draws its own."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    create = tqdm.__init__
+
+    def create_disabled(self: Any, *args: Any, **options: Any) -> None:
+        create(self, *args, **{**options, "disable": True})
+
+    tqdm.__init__ = (
+        create_disabled  # compressed-tensors asks for its bars explicitly, which overrides tqdm's own switch
+    )
     try:
         yield
     finally:
+        tqdm.__init__ = create
         if enabled:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -290,6 +301,9 @@ def _weights(location: str, name: str, config: PreTrainedConfig, dtype: str, tru
             f"the checkpoint of model {name!r} lacks {len(missing)} weights of {type(model).__name__}, "
             f"such as {missing[0]!r}; they would be random: check the weight files and `architectures` in config.json"
         )
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)  # now, not in the first forward
     assert isinstance(model, nn.Module)
     return model
 

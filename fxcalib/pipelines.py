@@ -166,9 +166,7 @@ class CalibrationPipeline(ABC):
             taken = Batches(program, store)
         resident = Residency(model, device).complete
         plans = {
-            variant: make_plan(
-                program.parts(variant), needs, program.inputs(variant), resident=resident
-            )
+            variant: make_plan(program.parts(variant), needs, program.inputs(variant), resident=resident)
             for variant in sorted(taken.variants | {0})
         }
         progress.phase("calibrate")
@@ -185,7 +183,7 @@ class CalibrationPipeline(ABC):
 
 
 class SequentialPipeline(CalibrationPipeline):
-    """Each batch passes each subgraph twice: to calibrate it, then to propagate what the compressed subgraph puts out."""
+    """Each batch passes each subgraph twice: to calibrate it, and to propagate what the compressed one puts out."""
 
     name = "sequential"
 
@@ -260,7 +258,7 @@ def _first_of(dataloader: Dataloader | None) -> tuple[Mapping[str, Any], Iterato
 
 
 def _without_cache(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Calibration needs no key-value cache: models that take `use_cache` are told so, unless the batch says otherwise."""
+    """Calibration needs no key-value cache: models that take `use_cache` are told so unless the batch does."""
     takes = "use_cache" in inspect.signature(model.forward).parameters
     if not isinstance(batch, Mapping) or not takes or "use_cache" in batch:
         return batch

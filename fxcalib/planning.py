@@ -5,8 +5,8 @@
     propagate   one pass over the batches through the compressed subgraph, keeping what later subgraphs read
     load/unload a subgraph's weights move to the device and back
 
-`naive_plan` writes the whole schedule down; `prune`, `free` and `place` turn it into the one that runs. No step touches a
-tensor before `fxcalib.executor` executes it.
+`naive_plan` writes the whole schedule down; `prune`, `free` and `place` turn it into the one that runs. Nothing here
+touches a tensor; `fxcalib.executor` runs what is written.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Plan:
         return self._text()
 
     def _text(self, wrong: int | None = None) -> str:
-        head = f"plan: {self.subgraphs} subgraphs, {self.passes} passes over the data, batches hold {', '.join(self.inputs)}"
+        head = f"plan: {self.subgraphs} subgraphs, {self.passes} passes, batches hold {', '.join(self.inputs)}"
         lines = [f"{i:>3}  {s}{'  <-- ERROR HERE' if i == wrong else ''}" for i, s in enumerate(self.steps)]
         return "\n".join([head, *lines])
 
@@ -143,8 +143,8 @@ def _groups(part: Part, needs: Sequence[Needs]) -> list[tuple[int, ...]]:
 def prune(plan: Plan) -> Plan:
     """Drop what changes nothing.
 
-    No calibration without observed modules, no commit without committed ones; where a subgraph is calibrated but nothing
-    in it is compressed, its one pass also writes; no pass whose values nothing reads.
+    No calibration without observed modules, no commit without committed ones; where a subgraph is calibrated but
+    nothing in it is compressed, its one pass also writes; no pass whose values nothing reads.
     """
     steps = [s for s in plan.steps if s.kind not in ("calibrate", "commit") or s.modules]
     committed = {s.subgraph for s in steps if s.kind == "commit"}

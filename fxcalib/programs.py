@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxcalib.partitioning import Partition, Variants, run_subgraph
+from fxcalib.partitioning import Partition, Variants
 from fxcalib.planning import Part
 
 
@@ -120,8 +120,7 @@ class TracedProgram(Program):
         return self._variants.partitions[variant][subgraph].writes
 
     def run(self, variant: int, subgraph: int, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
-        partition = self._variants.partitions[variant]
-        return run_subgraph(partition.traced, partition[subgraph], values, signature)
+        return self._variants.partitions[variant][subgraph].run(values, signature)
 
     @property
     def retraces(self) -> int:

@@ -15,10 +15,10 @@ class Progress:
         """A phase of the whole job begins: `load`, `trace`, `calibrate`, `save`, `evaluate`, ..."""
 
     def plan(self, subgraphs: int, passes: int, batches: int) -> None:
-        """The schedule is known: `passes` sweeps over `batches` batches are to come, over `subgraphs` subgraphs."""
+        """The schedule is known: `passes` passes over `batches` batches are to come, over `subgraphs` subgraphs."""
 
     def sweep(self, subgraph: int, kind: str, batches: int) -> None:
-        """A pass of `kind` `calibrate` or `propagate` over `batches` batches begins on subgraph number `subgraph`, from 0."""
+        """A pass `calibrate` or `propagate` over `batches` batches begins on subgraph number `subgraph`, from 0."""
 
     def batch(self, tokens: int) -> None:
         """One batch of the current pass, of `tokens` tokens, is done."""

@@ -116,7 +116,7 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path, column: str) -> tuple[str, ...]:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     try:
@@ -129,7 +129,7 @@ def _parquet(path: Path, column: str) -> tuple[str, ...]:
 
 
 def _hub(name: str, config: str | None, split: str | None, column: str) -> tuple[str, ...]:
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

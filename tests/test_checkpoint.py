@@ -98,6 +98,7 @@ def test_only_packed_weights_are_stored(tmp_path: Path) -> None:
     assert config["format"] == "pack-quantized"
     assert config["quantization_status"] == "compressed"
     assert config["ignore"] == ["lm_head"]
+    assert len({file.stat().st_mode for file in saved.path.iterdir()}) == 1
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

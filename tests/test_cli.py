@@ -16,7 +16,7 @@ from tiny_llama import VOCABULARY, save_tiny_llama
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from fxcalib import cli
+from fxcalib import cli, embedded
 from fxcalib.display import Pace, RichProgress
 from fxcalib.modifiers.base import ModuleResult
 
@@ -145,18 +145,32 @@ def test_quantize(work: Path) -> None:
         (["tiny", "--targets", "LlamaDecoderLayr"], "LlamaDecoderLayer"),
         (["tiny", "--samples", "100000"], "samples"),
         (["./missing"], "does not exist"),
-        (["tiny", "-o", "tiny"], "not empty"),
+        (["tiny", "-o", "tiny"], "is the folder of the model itself"),
     ],
 )
 def test_bad_quantize_input_leaves_nothing_behind(work: Path, arguments: list[str], message: str) -> None:
     before = sorted(p.name for p in work.rglob("*"))
     data = ["--data", "words.txt", "--seq-len", "32", "--device", "cpu"]
-    samples = [] if "--samples" in arguments else ["--samples", "4"]
-    out, errors = _run("quantize", *arguments, *data, *samples, code=2)
+    for option, value in (("--samples", "4"), ("--group-size", "32")):
+        data += [] if option in arguments else [option, value]
+    out, errors = _run("quantize", *arguments, *data, code=2)
     assert message in errors
     assert "Traceback" not in errors
     assert out == ""
     assert sorted(p.name for p in work.rglob("*")) == before
+
+
+def test_without_a_model_the_shipped_one_is_compared(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "MODEL_DIR", work / "tiny", raising=False)
+    options = ("--group-size", "32", "--data", "words.txt", "--samples", "4", "--seq-len", "32", "--device", "cpu")
+    for _ in range(2):  # the second time replaces what the first left
+        out, _ = _run("quantize", *options)
+        for text in ("original", "round to nearest", "GPTQ", "against original", "KiB"):
+            assert text in out
+    assert out.splitlines()[-1] == f"The checkpoint is in {work / 'fxcalib-embedded-W4A16'}"
+    assert sorted(p.name for p in work.iterdir()) == ["fxcalib-embedded-W4A16", "tiny", "words.txt"]
+    out, _ = _run("quantize", *options, "--algorithm", "rtn", "--json", "-o", "own")
+    assert json.loads(out)["output"] == str(work / "own")
 
 
 def test_pace_counts_over_all_passes() -> None:

@@ -9,9 +9,10 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import save_tiny_llama, tiny_llama
+from tiny_llama import round_to_nearest, save_tiny_llama, tiny_llama, tiny_tokenizer
 from transformers import BertConfig, BertForMaskedLM, LlamaModel
 
+from fxcalib import checkpoint
 from fxcalib.errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, OptionError
 from fxcalib.loading import load, refuse_non_finite
 
@@ -110,6 +111,21 @@ def test_already_quantized(folder: Path) -> None:
         AlreadyQuantizedError, match=r"'tiny-llama' is already quantized \(quant_method 'compressed-ten"
     ):
         load(folder)
+
+
+@pytest.mark.parametrize("preset", ["W4A16", "FP8_DYNAMIC"])
+def test_a_quantized_checkpoint_can_be_loaded_to_look_at(
+    tmp_path: Path, preset: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_llama()
+    round_to_nearest(model, preset, group_size=32 if preset == "W4A16" else None)
+    saved = checkpoint.save(model, tmp_path / "out", processor=tiny_tokenizer())
+    ids = torch.arange(3, 13)[None]
+    with pytest.raises(AlreadyQuantizedError):
+        load(saved.path)
+    logits = load(saved.path, allow_quantized=True).model(ids).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert capfd.readouterr().err == ""  # no progress bars of others
 
 
 def test_non_finite_weights(folder: Path) -> None:

@@ -1,10 +1,10 @@
 """Let transformers take the path that it takes on data.
 
-Why: `transformers.utils.import_utils.is_tracing` recognises fake tensors and then always materialises attention masks, so a
-trace of an unpadded batch would carry a (batch, 1, sequence, sequence) mask and leave the causal attention path that the
-model takes in reality (`transformers.masking_utils._ignore_causal_mask_sdpa`). The recorder answers branches on data from
-the real batch and guards them, so in the glue fake tensors may pass for data. Inside opaque modules, which run on fakes
-only for their metadata, transformers goes on seeing them.
+Why: `transformers.utils.import_utils.is_tracing` recognises fake tensors and then always materialises attention masks,
+so a trace of an unpadded batch would carry a (batch, 1, sequence, sequence) mask and leave the causal attention path
+that the model takes in reality (`transformers.masking_utils._ignore_causal_mask_sdpa`). The recorder answers branches
+on data from the real batch and guards them, so in the glue fake tensors may pass for data. Inside opaque modules, which
+run on fakes only for their metadata, transformers goes on seeing them.
 
 When it can go: when `is_tracing` no longer asks `is_fake_tensor`.
 """

@@ -1,8 +1,9 @@
 """Trains the embedded model: `python -m fxcalib.embedded.train --output DIR`.
 
-A byte-level BPE tokenizer and a Llama-architecture causal language model, both from the standard library's
-documentation alone (`fxcalib.embedded.text`). The model is small and sees its text for a very large number of
-tokens: only then do its weights carry so much that rounding them to 4 bits shows.
+A byte-level BPE tokenizer and a Llama-architecture causal language model, both from the Python standard library's
+text alone (`fxcalib.embedded.text`). The model is small and sees about ninety tokens per parameter: only then do its
+weights carry so much that rounding them to 4 bits shows. Fewer steps leave them easier to quantize; many more passes
+over less text teach the topics by heart, and held-out perplexity explodes.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Recipe:
     kv_heads: int = 2
     context: int = 2048
     steps: int = 8000
-    batch: int = 32
+    batch: int = 16
     window: int = 2048
     lr: float = 4e-3
-    weight_decay: float = 0.0
+    weight_decay: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ def train_tokenizer(texts: Sequence[str], recipe: Recipe) -> FastTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return FastTokenizer(
+    return FastTokenizer(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=END,
         eos_token=END,
@@ -97,7 +98,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
 def token_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -143,14 +144,14 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, recipe: Recipe, on_step
         starts = torch.randint(len(stream) - recipe.window + 1, (recipe.batch, 1), generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=accelerated):
             loss = loss_of(model, stream[starts.to(device) + positions])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % max(1, recipe.steps // 100) == 0:
             on_step(step + 1, loss.item())
-    model.eval()
+    model.train(False)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
@@ -158,12 +159,12 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Pa
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / output.name
-        model.generation_config = GenerationConfig(
+        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model.to(dtype=torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
             file.chmod(0o644)
@@ -180,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fxcalib.embedded.train",
         description="Train the small Llama-architecture model that fxcalib ships, on the Python standard library's "
-        "documentation. The topics that fxcalib evaluates on are never trained on.",
+        "documentation and source. The topics that fxcalib evaluates on are never trained on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")

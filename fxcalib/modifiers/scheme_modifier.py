@@ -87,7 +87,7 @@ class SchemeModifier(Modifier):
         self._committed = set()
         for name, scheme in resolved.items():
             initialize_module_for_quantization(modules[name], scheme, force_zero_point=False)
-            modules[name].quantization_enabled = False
+            modules[name].quantization_enabled = False  # type: ignore[assignment]
 
     @contextmanager
     def observe(self, scope: Scope) -> Iterator[None]:
@@ -121,7 +121,7 @@ class SchemeModifier(Modifier):
         results = {result.name: result for result in self.commit_weights(scope, names)}
         for name in names:
             module = scope.modules[name]
-            module.quantization_status = QuantizationStatus.DECOMPRESSED  # type: ignore[assignment]
+            module.quantization_status = QuantizationStatus.DECOMPRESSED
             del module.quantization_enabled
         self._committed.update(names)
         self._inputs, self._outputs = {}, {}

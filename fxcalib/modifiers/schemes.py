@@ -134,6 +134,11 @@ def resolve(
         module = names[name]
         if hasattr(module, "quantization_scheme"):
             raise OptionError(f"module {name!r} is quantized by another modifier too; give each its own targets")
+        fixed_dtype = scheme.weights is not None and scheme.weights.scale_dtype is not None
+        if fixed_dtype and module.weight.dtype == torch.float16:
+            raise OptionError(
+                f"module {name!r} is float16, which the format of its scheme cannot hold; load the model in bfloat16"
+            )
         if isinstance(module, nn.Embedding) and (scheme.input_activations or scheme.output_activations):
             raise OptionError(f"module {name!r} is an embedding: its weights can be quantized, not its activations")
     _refuse_tied(model, names, resolved)

@@ -123,7 +123,7 @@ class SharedInputs:
         real: Tensor | None,
         batch: int,
     ) -> None:
-        """Module `name` reads `inputs` in batch number `batch`; modules of equal `recipe` may share what `make` makes."""
+        """Module `name` reads `inputs` in batch number `batch`; those of equal `recipe` may share what `make` makes."""
         group = self._groups.get(name)
         if group is None:
             self._begin(name, recipe, make, inputs, real, batch)

@@ -40,13 +40,13 @@ def trace(
     """Trace `model(**batch)` into a graph whose opaque nodes are the sequential targets and all modules beside them.
 
     The model's own forward runs once on fake tensors with symbolic sizes: no weight is read or moved, so a model on the
-    meta device is traced as well. One graph then serves batches of other sizes, lengths and paddings, as far as its guards
-    hold.
+    meta device is traced as well. One graph then serves batches of other sizes, lengths and paddings, as far as its
+    guards hold.
 
     Args:
         model: any module. It is left as it was, whether tracing succeeds or not.
-        batch: keyword arguments of `model`, such as `input_ids` (batch, sequence) int64. Values are looked at only where
-            the model branches on them.
+        batch: keyword arguments of `model`, such as `input_ids` (batch, sequence) int64. Values are looked at only
+            where the model branches on them.
         targets: class names, module names or `re:` patterns; default: the model's `_no_split_modules` that occur in it,
             else the class of its largest repeated layer stack.
         device: where the graph is to be run; default: where the batch lies (the CPU for a meta batch).

@@ -1,9 +1,9 @@
 """What a trace assumes of a batch, and how a batch is held against it.
 
 Three kinds. *Shape guards* are relations between symbolic sizes; they are checked with numbers before anything runs.
-*Value guards* are branches that the model took on data (is anything padded?): the part of the graph that leads to each is
-kept as a program of its own and run on every batch beforehand. *Structure checks* hold every module's result against what
-it looked like when traced, while it runs.
+*Value guards* are branches that the model took on data (is anything padded?): the part of the graph that leads to each
+is kept as a program of its own and run on every batch beforehand. *Structure checks* hold every module's result against
+what it looked like when traced, while it runs.
 """
 
 from __future__ import annotations
@@ -88,13 +88,14 @@ class ShapeGuards:
     def __init__(self, env: ShapeEnv, inputs: InputSpec) -> None:
         self._inputs = inputs
         self._replacements = {s: env.replace(s) for s in self._symbols()}
+        assert isinstance(env.guards, SourcedGuards)
         self._guards = [(guard.expr, source) for guard, source in zip(env.guards, env.guards.sources, strict=True)]
         self._replace = env.replace
         self._accepted: dict[tuple[Any, ...], dict[sympy.Symbol, int]] = {}
         self._expected: dict[tuple[str, int, tuple[Any, ...]], list[Any]] = {}
 
     def _symbols(self) -> list[sympy.Symbol]:
-        sizes = [s for v in self._inputs.values if isinstance(v, torch.Tensor) for s in v.shape]
+        sizes: list[Any] = [s for v in self._inputs.values if isinstance(v, torch.Tensor) for s in v.shape]
         return [s.node._expr for s in sizes if isinstance(s, torch.SymInt) and s.node._expr.is_Symbol]
 
     def listed(self) -> list[Guard]:

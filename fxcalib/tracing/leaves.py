@@ -1,4 +1,4 @@
-"""How an opaque module gets its fake results: from a run on fakes, once per distinct class, arguments and parameters."""
+"""How an opaque module gets its fake results: from a run on fakes, once per class, arguments and parameters."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class LeafCache:
             for leaf, version in zip(leaves, versions, strict=True)
         )
         results, spec = flatten(result)
-        templates = [_template(value, leaves) for value in results]
-        if unchanged and all(template is not None for template in templates):
-            self._results[key] = (spec, [t for t in templates if t is not None])
+        made = [_template(value, leaves) for value in results]
+        known = [template for template in made if template is not None]
+        if unchanged and len(known) == len(made):
+            self._results[key] = (spec, known)
         return result
 
     def _repr(self, module: nn.Module) -> str:

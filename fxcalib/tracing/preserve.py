@@ -16,8 +16,8 @@ from fxcalib.tracing.torch_private import FakeTensor, FakeTensorMode
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Restore every module's attributes, parameters and buffers, and torch's random state, on leaving.
 
-    Some models keep results of a forward on themselves (position deltas, rotary tables) or install hooks in it; what was
-    made on fake tensors must not survive the trace.
+    Some models keep results of a forward on themselves (position deltas, rotary tables) or install hooks in it; what
+    was made on fake tensors must not survive the trace.
     """
     dicts: list[dict[str, Any]] = []
     for module in model.modules():

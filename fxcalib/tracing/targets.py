@@ -29,8 +29,8 @@ def default_targets(model: nn.Module) -> list[str]:
     """Class names to use as targets where the user named none.
 
     The model's `_no_split_modules` that occur in it, else the class of its largest repeated layer stack: the
-    `nn.ModuleList` or `nn.Sequential` whose members, two or more of one class, hold the most parameters. A model without
-    such a stack has the direct children of its root as targets.
+    `nn.ModuleList` or `nn.Sequential` whose members, two or more of one class, hold the most parameters. A model
+    without such a stack has the direct children of its root as targets.
     """
     present = {type(module).__name__ for module in model.modules()}
     declared = [name for name in sorted(getattr(model, "_no_split_modules", None) or ()) if name in present]
@@ -55,10 +55,8 @@ def resolve_targets(model: nn.Module, patterns: str | Sequence[str] | None) -> T
     Raises:
         TargetError: a pattern matches no module; the message lists the nearest names.
     """
-    if patterns is None:
-        wanted = default_targets(model)
-    else:
-        wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    named = [patterns] if isinstance(patterns, str) else patterns
+    wanted = default_targets(model) if named is None else list(named)
     if not wanted:
         raise TargetError("no sequential targets: the model has no submodules and none were named")
     matched: set[str] = set()

@@ -11,7 +11,7 @@ import torch._functorch.config as functorch_config
 import torch._functorch.vmap as functorch_vmap
 import torch.fx.experimental._config as fx_config
 import torch.utils._pytree as pytree
-from torch._C import _DisablePythonDispatcher as DisablePythonDispatcher  # type: ignore[attr-defined]
+from torch._C import _DisablePythonDispatcher as DisablePythonDispatcher
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -33,6 +33,8 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 
+patch_functorch_config = functorch_config.patch  # type: ignore[attr-defined]
+
 __all__ = [
     "ConstantSource",
     "DimDynamic",
@@ -50,10 +52,10 @@ __all__ = [
     "fetch_sym_proxy",
     "free_unbacked_symbols",
     "functorch_apis",
-    "functorch_config",
     "functorch_vmap",
     "fx_config",
     "get_proxy_slot",
+    "patch_functorch_config",
     "py_sym_types",
     "pytree",
     "track_tensor_tree",

@@ -33,8 +33,8 @@ class BoundBatch:
 class TracedModel:
     """The graph of `model`'s forward with its sequential targets (and all other called modules) as opaque nodes.
 
-    Nodes: placeholders for the tensors of a batch, `call_module` on live modules by qualified name, `call_function` for the
-    glue between them, `get_attr` for weights and constants that the glue reads, one output.
+    Nodes: placeholders for the tensors of a batch, `call_module` on live modules by qualified name, `call_function` for
+    the glue between them, `get_attr` for weights and constants that the glue reads, one output.
     """
 
     model: nn.Module
@@ -125,7 +125,8 @@ class TracedModel:
         guards = {v.node: v for v in self.recording.value_guards}
         if not guards:
             return
-        values: dict[fx.Node, Any] = {n: inputs[n.name].to(self.device) for n in self.graph.nodes if n.op == "placeholder"}
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        values: dict[fx.Node, Any] = {n: inputs[n.name].to(self.device) for n in placeholders}
         with torch.no_grad():
             for node in self._value_program:
                 try:

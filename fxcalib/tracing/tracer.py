@@ -1,8 +1,8 @@
 """Records the glue of a model's real `forward` on fake tensors, with every module below the glue as one opaque node.
 
 The forward runs unchanged under a proxy dispatch mode. A call of a module that contains no target is recorded as ONE
-`call_module` node on the live module; its fake result comes from running it on fakes with recording off. What is left in
-the graph is what the ancestors of the targets do themselves, as ATen operations before dispatch.
+`call_module` node on the live module; its fake result comes from running it on fakes with recording off. What is left
+in the graph is what the ancestors of the targets do themselves, as ATen operations before dispatch.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from fxcalib.tracing.torch_private import (
     enable_python_dispatcher,
     fetch_sym_proxy,
     functorch_apis,
-    functorch_config,
     functorch_vmap,
     fx_config,
     get_proxy_slot,
+    patch_functorch_config,
     pytree,
     track_tensor_tree,
 )
@@ -201,7 +201,7 @@ class Recorder:
     def record(self, batch: Mapping[str, Any], dynamic: Callable[[str, int], bool]) -> Recording:
         """Run `model(**batch)` on fakes. `dynamic(name, dim)` says which dimensions of which input may vary."""
         tracer = self._tracer
-        with functorch_config.patch(fake_tensor_propagate_real_tensors=False):
+        with patch_functorch_config(fake_tensor_propagate_real_tensors=False):
             mode = FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True, shape_env=self._env)
         leaves, structure = flatten(dict(batch))
         paths = pytree.tree_flatten_with_path(dict(batch), is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))[0]
@@ -226,7 +226,7 @@ class Recorder:
             if len(real) == len(placeholders):
                 self._prefix = RealPrefix(tracer.graph, real, lambda path: self._attribute(path, attributes))
             stack.enter_context(fx_config.patch(backed_size_oblivious=True))
-            stack.enter_context(functorch_config.patch(generate_fake_kernels_from_real_mismatches=True))
+            stack.enter_context(patch_functorch_config(generate_fake_kernels_from_real_mismatches=True))
             tracer.weights = stack.enter_context(fake_weights(self._model, mode, self._device))
             stack.enter_context(self._post_dispatch_vmap())
             stack.enter_context(active_patches(self))
@@ -261,7 +261,8 @@ class Recorder:
         except TraceError as error:
             if "\n" in str(error):
                 raise
-            raise TraceError(f"{type(self._model).__name__} cannot be traced: {error}\n  {source_of_error(error)}") from error
+            name = type(self._model).__name__
+            raise TraceError(f"{name} cannot be traced: {error}\n  at {source_of_error(error)}") from error
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise TraceError(
@@ -281,7 +282,7 @@ class Recorder:
         return mode.from_tensor(
             leaf if here else torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device),
             source=ConstantSource(name),
-            symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),  # type: ignore[call-arg]
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
         )
 
     def _attribute(self, path: str, attributes: Mapping[str, torch.Tensor]) -> Any:
@@ -310,7 +311,7 @@ class Recorder:
             proxy_args, proxy_kwargs = unflatten(structure, *proxies)
         else:
             spec = fx.Proxy(tracer.object_node(structure), tracer)
-            pair = tracer.create_proxy("call_function", unflatten, (spec, *proxies), {})
+            pair: Any = tracer.create_proxy("call_function", unflatten, (spec, *proxies), {})
             proxy_args, proxy_kwargs = tuple(pair[0][i] for i in range(len(args))), {k: pair[1][k] for k in kwargs}
         call = tracer.create_proxy("call_module", name, proxy_args, proxy_kwargs)
         versions = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor)]
@@ -374,7 +375,8 @@ class Recorder:
         if expected is None:
             raise TraceError(
                 f"the model branches on data that is not known while tracing: {tuple(tensor.shape)} {tensor.dtype}, "
-                f"at {source}\n  It depends on a module's result, or the batch is on the meta device: trace with a real batch."
+                f"at {source}\n  It depends on a module's result, or the batch is on the meta device: "
+                "trace with a real batch."
             )
         text = f"{slot.proxy.node.name} is {expected}"
         self._values.append(ValueGuard(slot.proxy.node, expected, Guard("value", text, source)))
@@ -391,11 +393,11 @@ class Recorder:
             with disable_proxy_modes_tracing(), ProxyTorchDispatchMode(self._tracer, "symbolic", pre_dispatch=False):
                 return original(*args, **kwargs)
 
-        functorch_vmap.vmap_impl = functorch_apis.vmap_impl = vmap
+        functorch_vmap.vmap_impl = functorch_apis.vmap_impl = vmap  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            functorch_vmap.vmap_impl = functorch_apis.vmap_impl = original
+            functorch_vmap.vmap_impl = functorch_apis.vmap_impl = original  # type: ignore[attr-defined]
 
 
 def _plain_tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Values of traced tensors on the real batch: the glue recorded so far is interpreted when the model branches on data."""
+"""Values of traced tensors on the real batch: glue recorded so far is run when the model branches on data."""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""Cuts a traced graph at its sequential targets into subgraphs that run one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fxcalib.errors import OptionError
+from fxcalib.partitioning.stages import Stages
+from fxcalib.partitioning.subgraph import Subgraph, Value
+from fxcalib.tracing import GuardError, TracedModel, TraceError, trace
+
+__all__ = ["Partition", "Subgraph", "Value", "Variants", "partition"]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The subgraphs of one traced model, in running order."""
+
+    traced: TracedModel
+    subgraphs: tuple[Subgraph, ...]
+    targets_per_subgraph: int = 1
+
+    def __iter__(self) -> Iterator[Subgraph]:
+        return iter(self.subgraphs)
+
+    def __len__(self) -> int:
+        return len(self.subgraphs)
+
+    def __getitem__(self, index: int) -> Subgraph:
+        return self.subgraphs[index]
+
+    @cached_property
+    def variants(self) -> Variants:
+        """This partition and those of the batches that broke its guards."""
+        return Variants(self)
+
+    def run(self, batch: Mapping[str, Any]) -> Any:
+        """Run the subgraphs one after another: what `model(**batch)` returns, bit for bit.
+
+        A batch that breaks a guard is traced anew (and the trace kept for the next of its kind).
+
+        Raises:
+            TraceError: the batch breaks a guard and cannot be traced either.
+        """
+        partition = self.variants.select(batch)
+        try:
+            return partition._run(batch)
+        except GuardError:
+            return self.variants.retrace(batch)._run(batch)
+
+    def _run(self, batch: Mapping[str, Any]) -> Any:
+        bound = self.traced.bind(batch)
+        values = dict(bound.inputs)
+        result: Any = None
+        with torch.no_grad():
+            for subgraph in self.subgraphs:
+                outputs = subgraph.run(values, bound.signature)
+                for name in subgraph.frees:
+                    del values[name]
+                result = outputs.pop("output", None)
+                values.update(outputs)
+        return self.traced.rebuild(result)
+
+    def __str__(self) -> str:
+        return "\n".join(str(subgraph) for subgraph in self.subgraphs)
+
+
+class Variants:
+    """The partitions of one model for batches that take different ways through its forward.
+
+    Batches are matched against the guards of each; one that fits none is traced. All variants call the same targets in
+    the same subgraphs, so that a subgraph can be calibrated on all batches.
+    """
+
+    def __init__(self, first: Partition) -> None:
+        self.partitions = [first]
+
+    @property
+    def retraces(self) -> int:
+        """How many batches had to be traced anew."""
+        return len(self.partitions) - 1
+
+    def select(self, batch: Mapping[str, Any]) -> Partition:
+        """The first partition whose guards `batch` satisfies; traces where there is none."""
+        for partition in self.partitions:
+            try:
+                partition.traced.bind(batch)
+            except GuardError:
+                continue
+            return partition
+        return self.retrace(batch)
+
+    def retrace(self, batch: Mapping[str, Any]) -> Partition:
+        """Trace and partition with `batch`.
+
+        Raises:
+            TraceError: the batch reaches other targets, or the same in another order, than the first one traced.
+        """
+        first = self.partitions[0]
+        traced = trace(first.traced.model, batch, first.traced.targets.patterns, device=first.traced.device)
+        again = partition(traced, first.targets_per_subgraph)
+        if [s.targets for s in again] != [s.targets for s in first]:
+            raise TraceError(
+                "a batch takes another way through the sequential targets than the first one: "
+                f"{[s.targets for s in again]} instead of {[s.targets for s in first]}"
+            )
+        self.partitions.append(again)
+        return again
+
+
+def partition(traced: TracedModel, targets_per_subgraph: int = 1) -> Partition:
+    """Cut `traced` into subgraphs of `targets_per_subgraph` target calls each, and one for what follows the last.
+
+    Raises:
+        OptionError: `targets_per_subgraph` is not positive.
+        TraceError: the traced batch called no target.
+    """
+    if targets_per_subgraph < 1:
+        raise OptionError(f"targets_per_subgraph must be at least 1, not {targets_per_subgraph}")
+    names = set(traced.targets.names)
+    calls = [n for n in traced.graph.nodes if n.op == "call_module" and n.target in names]
+    if not calls:
+        raise TraceError(f"the batch reached none of the sequential targets {', '.join(traced.targets.patterns)}")
+    stages = Stages(traced, {node: i // targets_per_subgraph for i, node in enumerate(calls)})
+    stored = stages.cut()
+    return Partition(traced, tuple(stages.subgraphs(stored)), targets_per_subgraph)

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from layerwise import tiny_llama
+from torch import nn
+
+from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError
+from fxcalib.modifiers import GPTQModifier, QuantizationModifier
+from fxcalib.modifiers.qargs import describe
+from fxcalib.modifiers.schemes import build_schemes, check_finite, resolve
+
+
+def test_presets_go_to_all_linears_but_the_head() -> None:
+    resolved = resolve(tiny_llama(), build_schemes("Linear", "fp8_dynamic", None))
+    assert len(resolved) == 14
+    assert "lm_head" not in resolved
+    assert describe(resolved["model.layers.0.mlp.up_proj"]) == "fp8 channel, input fp8 token dynamic"
+
+
+@pytest.mark.parametrize("name", [name for name in PRESET_SCHEMES if name != "UNQUANTIZED"])
+def test_every_preset_is_known(name: str) -> None:
+    (scheme,) = build_schemes("Linear", name.lower(), None)
+    assert describe(scheme)
+
+
+def test_a_model_without_a_head_needs_no_ignore() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    resolved = resolve(model, build_schemes("Linear", "W4A16", None, group_size=32))
+    assert list(resolved) == ["0", "2"]
+    assert describe(resolved["0"]) == "int4 group 32 symmetric"
+
+
+def test_group_size_minus_one_is_one_scale_per_channel() -> None:
+    (scheme,) = build_schemes("Linear", "W4A16", None, group_size=-1)
+    assert describe(scheme) == "int4 channel symmetric"
+
+
+def test_the_most_specific_target_wins() -> None:
+    groups = {
+        "classes": {"targets": ["Linear"], "weights": {"num_bits": 8}},
+        "patterns": {"targets": ["re:.*proj"], "weights": {"num_bits": 4}},
+        "names": QuantizationScheme(
+            targets=["model.layers.1.mlp.up_proj"], weights=QuantizationArgs(num_bits=3, symmetric=False)
+        ),
+    }
+    resolved = resolve(tiny_llama(), build_schemes("Linear", None, groups), ignore=())
+    assert describe(resolved["lm_head"]) == "int8 tensor symmetric"
+    assert describe(resolved["model.layers.0.mlp.up_proj"]) == "int4 tensor symmetric"
+    assert describe(resolved["model.layers.1.mlp.up_proj"]) == "int3 tensor asymmetric"
+
+
+def test_presets_may_have_their_own_targets_and_unquantized_frees_some() -> None:
+    schemes = build_schemes("Linear", {"W8A16": ["re:.*mlp.*"], "UNQUANTIZED": "re:.*down_proj"}, None, None)
+    schemes[0].weights = QuantizationArgs(num_bits=8)
+    resolved = resolve(tiny_llama(), schemes)
+    assert {name.rpartition(".")[2] for name in resolved} == {"gate_proj", "up_proj"}
+
+
+def test_observers_can_be_chosen() -> None:
+    (scheme,) = build_schemes("Linear", "FP8", None, observers={"weights": "minmax", "input_activations": "mse"})
+    assert scheme.weights is not None and scheme.weights.observer == "minmax"
+    assert scheme.input_activations is not None and scheme.input_activations.observer == "mse"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "W4A61"}, r"unknown scheme 'W4A61': did you mean 'W4A16'"),
+        ({"scheme": "W4A16", "config_groups": {}}, r"give either `scheme` .* or `config_groups`, not both"),
+        ({}, r"not neither"),
+        ({"scheme": {"wieghts": {}}}, r"scheme has no field 'wieghts': did you mean 'weights'\?"),
+        ({"config_groups": {"g": {"weights": {"num_bits": 4, "typ": "int"}}}}, r"config group 'g' cannot be read"),
+        ({"config_groups": {"W4A16": ["Linear"], "W8A8": ["Linear"]}}, r"target 'Linear' is in two config groups"),
+        ({"scheme": "W4A16", "weight_observer": "mze"}, r"unknown observer 'mze': did you mean 'mse'"),
+        ({"scheme": "W4A16", "observer": {"wts": "mse"}}, r"observer of 'wts': choose from weights, input, output"),
+        (
+            {"scheme": "W8A8", "group_size": 64},
+            r"group size 64 does not apply: the scheme quantizes weights per channel",
+        ),
+        ({"scheme": "NVFP4", "group_size": 64}, r"weights per tensor_group of 16, fixed by its format"),
+        ({"scheme": "W4A16", "group_size": 0}, r"group size 0 must be at least 1"),
+        ({"scheme": "W4A16", "kv_cache_scheme": {}}, r"kv_cache_scheme is not supported yet"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_at_once(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        QuantizationModifier(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 0}, r"block_size 0 must be a whole number of columns"),
+        ({"dampening_frac": -1}, r"dampening_frac -1 must be between 0 and 1"),
+        ({"actorder": "group"}, r"actorder 'group' was removed"),
+        ({"actorder": "statik"}, r"unknown actorder 'statik': did you mean 'static'"),
+    ],
+)
+def test_gptq_arguments_that_cannot_work(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        GPTQModifier(scheme="W4A16", **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "message"),
+    [
+        ("Linaer", None, r"target 'Linaer' matches no module: did you mean 'Linear'"),
+        ("model.layers.0.mlp.up_prj", None, r"did you mean 'model.layers.0.mlp.up_proj'"),
+        ("re:.*upp_proj", None, r"target 're:.*upp_proj' matches no module: a pattern is matched from the start"),
+        ("LlamaMLP", None, r"target 'LlamaMLP' matches only LlamaMLP; Linear and Embedding modules can be quantized"),
+        ("Linear", ["lm_haed"], r"ignore pattern 'lm_haed' matches no module: did you mean 'lm_head'"),
+        ("Linear", ["Linear"], r"nothing to quantize: every module that \['Linear'\] match is ignored by \['Linear'\]"),
+    ],
+)
+def test_targets_that_match_nothing(targets: str, ignore: list[str] | None, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        resolve(tiny_llama(), build_schemes(targets, "W4A16", None, group_size=32), ignore)
+
+
+def test_group_sizes_that_do_not_divide_name_layers_and_sizes() -> None:
+    with pytest.raises(OptionError) as caught:
+        resolve(tiny_llama(), build_schemes("Linear", "W4A16", None))
+    assert str(caught.value) == (
+        "group size 128 of weights does not divide the input width of model.layers.0.self_attn.q_proj (64), "
+        "model.layers.0.self_attn.k_proj (64), model.layers.0.self_attn.v_proj (64), "
+        "model.layers.0.self_attn.o_proj (64) and 8 more; sizes that fit them: 64, 32, 16, 8; or ignore these modules"
+    )
+
+
+def test_tied_weights_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"the weight of 'lm_head' is tied to 'model.embed_tokens.weight'"):
+        resolve(tiny_llama(tied=True), build_schemes("Linear", "W8A8", None), ignore=())
+    assert resolve(tiny_llama(tied=True), build_schemes("Linear", "W8A8", None))
+
+
+def test_quantized_models_are_refused() -> None:
+    model = tiny_llama()
+    modifier = QuantizationModifier(scheme="W8A16", group_size=32)
+    modifier.attach(model)
+    with pytest.raises(OptionError, match=r"'model.layers.0.self_attn.q_proj' is quantized by another modifier too"):
+        resolve(model, build_schemes("Linear", "W8A8", None))
+    from layerwise import scope_of
+
+    modifier.commit(scope_of(model, ""))
+    with pytest.raises(AlreadyQuantizedError, match="start from the original checkpoint"):
+        resolve(model, build_schemes("Linear", "W8A8", None))
+    fresh = tiny_llama()
+    fresh.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(AlreadyQuantizedError, match=r"quantized already \(gptq\)"):
+        resolve(fresh, build_schemes("Linear", "W8A8", None))
+
+
+def test_embeddings_have_no_activations_to_quantize() -> None:
+    with pytest.raises(OptionError, match=r"'model.embed_tokens' is an embedding"):
+        resolve(tiny_llama(), build_schemes("Embedding", "W8A8", None))
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
+    with pytest.raises(NonFiniteWeightError, match=r"'model.layers.1.mlp.up_proj.weight' holds 1 NaN or infinite"):
+        QuantizationModifier(scheme="W8A8").attach(model)
+    huge = nn.Linear(64, 64, bias=False)
+    huge.weight.data.fill_(3e38)
+    check_finite("huge", huge)
+
+
+def test_half_precision_cannot_hold_microscaling_formats() -> None:
+    with pytest.raises(OptionError, match=r"load the model in bfloat16"):
+        resolve(tiny_llama(dtype=torch.float16), build_schemes("Linear", "MXFP4", None))
