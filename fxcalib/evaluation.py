@@ -16,7 +16,7 @@ from torch import nn
 
 from fxcalib.batch_checks import check_batch
 from fxcalib.data import build
-from fxcalib.errors import AlreadyQuantizedError, ModelError, OptionError
+from fxcalib.errors import ModelError, OptionError
 from fxcalib.progress import Progress
 from fxcalib.sources import load_texts
 
@@ -219,22 +219,9 @@ def _load(model: nn.Module | str | Path, device: str | None) -> tuple[nn.Module,
     """The model and, for a checkpoint, its tokenizer."""
     if isinstance(model, nn.Module):
         return model, None
-    from fxcalib.loading import load, progress_bars_disabled
+    from fxcalib.loading import load
 
-    try:
-        loaded = load(model, device=device or "cpu")
-    except AlreadyQuantizedError:  # what `load` refuses to quantize once more is what is to be evaluated here
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            with progress_bars_disabled():
-                quantized: nn.Module = AutoModelForCausalLM.from_pretrained(
-                    str(model), dtype="auto", use_safetensors=True
-                )
-                return quantized.eval().to(device or "cpu"), AutoTokenizer.from_pretrained(str(model))
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"the quantized checkpoint {str(model)!r} cannot be loaded: {cause}") from error
+    loaded = load(model, device=device or "cpu", allow_quantized=True)
     return loaded.model, loaded.processor
 
 

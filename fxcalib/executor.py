@@ -26,7 +26,8 @@ from fxcalib.weights import Residency
 class BatchFacts:
     """What the executor keeps of a batch beside its values."""
 
-    bound: Bound
+    variant: int
+    signature: tuple[Any, ...]
     token_mask: torch.Tensor | None
     """(batch, sequence) bool, true where a token is real; None where nothing is padded."""
     samples: int
@@ -39,6 +40,8 @@ class Batches:
     def __init__(self, program: Program, store: Intermediates) -> None:
         self._program, self.store = program, store
         self.facts: list[BatchFacts] = []
+        self.shared: dict[int, frozenset[str]] = {}
+        """Variant -> values that a subgraph writes to in place."""
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -48,13 +51,16 @@ class Batches:
         for index, batch in enumerate(batches):
             check(batch, index)
             bound = self._program.bind(batch)
-            self.store.append(bound.values)
-            self.facts.append(_facts(batch, Bound(bound.variant, {}, bound.signature)))
+            if bound.variant not in self.shared:
+                parts = self._program.parts(bound.variant)
+                self.shared[bound.variant] = frozenset(name for part in parts for name in part.changes)
+            self.store.append(bound.values, shared=self.shared[bound.variant])
+            self.facts.append(_facts(batch, bound))
 
     @property
     def variants(self) -> set[int]:
         """The variants of the program that the batches take."""
-        return {fact.bound.variant for fact in self.facts}
+        return set(self.shared)
 
 
 @dataclass(frozen=True)
@@ -81,70 +87,89 @@ def execute(
         program: the subgraphs.
         batches: the calibration batches, bound to `program`.
         modifiers: attached modifiers; steps name them by position.
-        device: where subgraphs run. Weights return to the device they came from.
+        device: where subgraphs run. Weights return to the device they came from, after a failure too.
         progress: is told of every step and batch.
     """
-    main = plans[min(plans)]
-    residency = Residency(program.model, device)
-    progress.plan(main.subgraphs, main.passes, len(batches))
-    current = CurrentBatch()
-    seconds: dict[tuple[int, str], float] = defaultdict(float)
-    results: list[ModuleResult] = []
-    for index, step in enumerate(main.steps):
-        started = time.perf_counter()
-        scope = Scope(program.model, step.subgraph, program.modules(step.subgraph), current)
-        if step.sweeps:
-            with ExitStack() as stack:
-                for position in step.modifiers:
-                    stack.enter_context(modifiers[position].observe(scope))
-                _sweep(index, step, plans, program, batches, current, device, progress)
-        elif step.kind == "commit":
-            for position in step.modifiers:
-                for result in modifiers[position].commit(scope):
-                    results.append(result)
-                    progress.module(result)
-        elif step.kind == "load":
-            residency.load(program.called(step.subgraph))
-        else:
-            residency.unload(program.called(step.subgraph))
-        seconds[step.subgraph, step.kind] += time.perf_counter() - started
-    reports = tuple(
-        SubgraphReport(
-            k,
-            program.targets(k),
-            *(round(seconds[k, kind], 4) for kind in ("calibrate", "commit", "propagate")),
+    return _Run(plans, program, batches, modifiers, device, progress).execute()
+
+
+class _Run:
+    def __init__(
+        self,
+        plans: Mapping[int, Plan],
+        program: Program,
+        batches: Batches,
+        modifiers: Sequence[Modifier],
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._plans, self._program, self._batches, self._modifiers = plans, program, batches, modifiers
+        self._device, self._progress = device, progress
+        self._main = plans[0]
+        self._current = CurrentBatch()
+        self._results: list[ModuleResult] = []
+
+    def execute(self) -> Execution:
+        self._progress.plan(self._main.subgraphs, self._main.passes, len(self._batches))
+        seconds: dict[tuple[int, str], float] = defaultdict(float)
+        residency = Residency(self._program.model, self._device)
+        try:
+            for index, step in enumerate(self._main.steps):
+                started = time.perf_counter()
+                self._step(index, step, residency)
+                seconds[step.subgraph, step.kind] += time.perf_counter() - started
+        finally:
+            residency.unload_all()
+        reports = (
+            SubgraphReport(
+                k,
+                self._program.targets(k),
+                calibrate_seconds=round(seconds[k, "calibrate"], 4),
+                commit_seconds=round(seconds[k, "commit"], 4),
+                propagate_seconds=round(seconds[k, "propagate"], 4),
+            )
+            for k in range(self._main.subgraphs)
         )
-        for k in range(main.subgraphs)
-    )
-    return Execution(reports, tuple(results))
+        return Execution(tuple(reports), tuple(self._results))
 
+    def _step(self, index: int, step: Step, residency: Residency) -> None:
+        if step.kind == "load":
+            residency.load(self._program.called(step.subgraph))
+        elif step.kind == "unload":
+            residency.unload(self._program.called(step.subgraph))
+        elif step.sweeps:
+            with ExitStack() as observing:
+                for position in step.modifiers:
+                    observing.enter_context(self._modifiers[position].observe(self._scope(step)))
+                self._sweep(index, step)
+        else:
+            for position in step.modifiers:
+                for result in self._modifiers[position].commit(self._scope(step)):
+                    self._results.append(result)
+                    self._progress.module(result)
 
-def _sweep(
-    index: int,
-    step: Step,
-    plans: Mapping[int, Plan],
-    program: Program,
-    batches: Batches,
-    current: CurrentBatch,
-    device: torch.device,
-    progress: Progress,
-) -> None:
-    progress.sweep(step.subgraph, step.kind, len(batches))
-    with torch.no_grad():
-        for i, fact in enumerate(batches.facts):
-            variant, signature = fact.bound.variant, fact.bound.signature
-            own = plans[variant].steps[index]
-            current.index = i
-            current.token_mask = None if fact.token_mask is None else fact.token_mask.to(device)
-            values = batches.store.load(i, own.reads, private=program.private(variant, step.subgraph))
-            run = partial(program.run, variant, step.subgraph, values, signature)
-            outputs = run()
-            kept = {name: outputs[name] for name in own.writes}
-            check_finite(kept, i, current.token_mask, run, program.model)
-            batches.store.store(i, kept)
-            batches.store.free(i, own.frees)
-            progress.batch(fact.tokens)
-    current.index, current.token_mask = -1, None
+    def _scope(self, step: Step) -> Scope:
+        return Scope(self._program.model, step.subgraph, self._program.modules(step.subgraph), self._current)
+
+    def _sweep(self, index: int, step: Step) -> None:
+        store, current = self._batches.store, self._current
+        self._progress.sweep(step.subgraph, step.kind, len(self._batches))
+        again = any(s.sweeps and s.subgraph == step.subgraph for s in self._main.steps[index + 1 :])
+        with torch.no_grad():
+            for i, fact in enumerate(self._batches.facts):
+                own = self._plans[fact.variant].steps[index]
+                part = self._program.parts(fact.variant)[step.subgraph]
+                current.index = i
+                current.token_mask = None if fact.token_mask is None else fact.token_mask.to(self._device)
+                values = store.load(i, own.reads, private=part.changes if again else ())
+                run = partial(self._program.run, fact.variant, step.subgraph, values, fact.signature)
+                outputs = run()
+                kept = {name: outputs[name] for name in own.writes}
+                check_finite(kept, i, current.token_mask, run, self._program.model)
+                store.store(i, kept, shared=self._batches.shared[fact.variant])
+                store.free(i, own.frees)
+                self._progress.batch(fact.tokens)
+        current.index, current.token_mask = -1, None
 
 
 def _facts(batch: Mapping[str, Any], bound: Bound) -> BatchFacts:
@@ -154,6 +179,7 @@ def _facts(batch: Mapping[str, Any], bound: Bound) -> BatchFacts:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         real = mask.bool()
         padded = not bool(real.all())
-        return BatchFacts(bound, real if padded else None, samples, int(real.sum()))
+        return BatchFacts(bound.variant, bound.signature, real if padded else None, samples, int(real.sum()))
     ids = batch.get("input_ids")
-    return BatchFacts(bound, None, samples, ids.numel() if isinstance(ids, torch.Tensor) else samples)
+    tokens = ids.numel() if isinstance(ids, torch.Tensor) else samples
+    return BatchFacts(bound.variant, bound.signature, None, samples, tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,24 +38,27 @@ class Intermediates:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def append(self, values: Mapping[str, Any]) -> None:
-        """Store the inputs of one more batch."""
+    def append(self, values: Mapping[str, Any], *, shared: Collection[str] = ()) -> None:
+        """Store the inputs of one more batch; of those in `shared` a copy, as the batch is the caller's."""
+        copied = copy.deepcopy({name: values[name] for name in shared if name in values})
         self._batches.append({})
-        self.store(len(self._batches) - 1, values)
+        self.store(len(self._batches) - 1, {**values, **copied}, shared=shared)
 
-    def store(self, batch: int, values: Mapping[str, Any]) -> None:
-        """Store values of batch number `batch`."""
+    def store(self, batch: int, values: Mapping[str, Any], *, shared: Collection[str] = ()) -> None:
+        """Store values of batch number `batch`.
+
+        Those in `shared` are written to in place while other values may be views of them: they stay where they are.
+        """
         for name, value in values.items():
-            self._batches[batch][name] = _moved(value, self._storage)
+            where = self._device if name in shared else self._storage
+            self._batches[batch][name] = _moved(value, where)
 
     def load(self, batch: int, names: Iterable[str], *, private: Collection[str] = ()) -> dict[str, Any]:
-        """Values of batch number `batch` on the device that computes; those in `private` may be written to."""
-        loaded = {}
-        for name in names:
-            value = self._batches[batch][name]
-            moved = _moved(value, self._device)
-            loaded[name] = _copied(moved) if name in private and moved is value else moved
-        return loaded
+        """Values of batch number `batch` on the device that computes; those in `private` as copies to write to."""
+        stored = self._batches[batch]
+        loaded = {name: _moved(stored[name], self._device) for name in names}
+        # one call for all of them: values that share memory still do in the copy
+        return {**loaded, **copy.deepcopy({name: loaded[name] for name in private})}
 
     def free(self, batch: int, names: Iterable[str]) -> None:
         """Forget values of batch number `batch`."""
@@ -73,17 +76,5 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, (tuple, list, dict)):
-        return _each_tensor(value, lambda t: t.to(device))
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), value)
     return value
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, (tuple, list, dict)):
-        return _each_tensor(value, torch.clone)
-    return copy.deepcopy(value)
-
-
-def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return pytree.tree_map_only(torch.Tensor, change, value)

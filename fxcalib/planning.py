@@ -46,7 +46,8 @@ class Step:
         parts = [f"{self.kind:<9}  subgraph {self.subgraph}"]
         if self.modifiers:
             verb = "observing" if self.kind == "calibrate" else "compressing"
-            parts.append(f"modifier {','.join(map(str, self.modifiers))} {verb} {self.modules} modules")
+            plural = "" if self.modules == 1 else "s"
+            parts.append(f"modifier {','.join(map(str, self.modifiers))} {verb} {self.modules} module{plural}")
         for name, values in (("reads", self.reads), ("writes", self.writes), ("frees", self.frees)):
             if values:
                 parts.append(f"{name} {', '.join(values)}")
@@ -62,6 +63,8 @@ class Part:
     """Qualified names of all modules it runs, descendants included."""
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    changes: tuple[str, ...] = ()
+    """Values among `reads` that it changes in place."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def _groups(part: Part, needs: Sequence[Needs]) -> list[tuple[int, ...]]:
     touched: set[str] = set()
     for index, need in enumerate(needs):
         touches = (need.observed | need.committed) & part.modules
+        if not touches:
+            continue
         if groups and not touches & touched:
             groups[-1] = (*groups[-1], index)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,10 +44,6 @@ class Program(ABC):
     @abstractmethod
     def targets(self, subgraph: int) -> tuple[str, ...]:
         """Qualified names of the sequential targets that a subgraph calls."""
-
-    @abstractmethod
-    def private(self, variant: int, subgraph: int) -> tuple[str, ...]:
-        """Inputs that a subgraph changes in place."""
 
     @abstractmethod
     def run(self, variant: int, subgraph: int, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
@@ -99,11 +95,10 @@ class TracedProgram(Program):
         for subgraph in partition:
             inside = {names[id(m)] for called in subgraph.modules for m in called.modules()} - claimed
             claimed |= inside
-            parts.append(Part(subgraph.index, frozenset(inside), subgraph.inputs, subgraph.outputs))
+            parts.append(Part(subgraph.index, frozenset(inside), subgraph.inputs, subgraph.outputs, subgraph.writes))
         # a module that no subgraph calls (its weight is read by glue, or nothing reads it) is compressed with the last
         rest = set(names.values()) - claimed - partition.traced.targets.ancestors
-        last = parts[-1]
-        parts[-1] = Part(last.index, last.modules | rest, last.reads, last.writes)
+        parts[-1] = replace(parts[-1], modules=parts[-1].modules | rest)
         return parts
 
     def inputs(self, variant: int) -> tuple[str, ...]:
@@ -115,9 +110,6 @@ class TracedProgram(Program):
 
     def called(self, subgraph: int) -> Sequence[nn.Module]:
         return self.partition[subgraph].modules
-
-    def private(self, variant: int, subgraph: int) -> tuple[str, ...]:
-        return self._variants.partitions[variant][subgraph].writes
 
     def run(self, variant: int, subgraph: int, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
         return self._variants.partitions[variant][subgraph].run(values, signature)
@@ -151,9 +143,6 @@ class WholeProgram(Program):
 
     def called(self, subgraph: int) -> Sequence[nn.Module]:
         return (self.model,)
-
-    def private(self, variant: int, subgraph: int) -> tuple[str, ...]:
-        return ()
 
     def run(self, variant: int, subgraph: int, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
         with torch.no_grad():

@@ -62,7 +62,7 @@ def training_text(stdlibs: Sequence[Path]) -> list[str]:
             if not _SKIPPED_FOLDERS.intersection(file.relative_to(folder).parts):
                 with contextlib.suppress(UnicodeDecodeError):  # some test files are in another encoding on purpose
                     texts.append(file.read_text(encoding="utf-8"))
-    dropped = held_out
+    dropped = set(held_out)
     result = []
     for text in texts:
         kept = []

@@ -28,7 +28,9 @@ OBSERVERS = {
 }
 DEFAULT_WEIGHT_OBSERVER = "mse"
 DEFAULT_ACTIVATION_OBSERVER = "minmax"
-_OBSERVER_OPTIONS = {"norm", "maxshrink", "grid", "patience", "percentile", "averaging_constant"}
+# llm-compressor's. `patience` only stops its search early and `averaging_constant` weighs batches against each other:
+# here every candidate is tried and every batch counts the same, so the two change nothing.
+_OBSERVER_OPTIONS = {"norm", "maxshrink", "grid", "percentile", "patience", "averaging_constant"}
 
 
 def grid_of(args: QuantizationArgs) -> Grid:
@@ -70,11 +72,11 @@ def search_weight(table_SE: Tensor, args: QuantizationArgs, scales: ScaleFormat,
         return minmax_qparams(table_SE, grid_of(args), scales)
     if observer == "percentile":
         return percentile_qparams(table_SE, grid_of(args), scales, options.get("percentile", 99.9))
-    smallest = 1 - options["maxshrink"] if "maxshrink" in options else 0.35
-    norm = options.get("norm", 2.0)
-    return mse_qparams(
-        table_SE, grid_of(args), scales, importance_RE=importance, norm=norm, smallest=max(smallest, 0.05)
-    )
+    settings: dict[str, Any] = {"norm": options.get("norm", 2.0)}
+    if "maxshrink" in options or "grid" in options:
+        shrink = min(options.get("maxshrink", 0.2), 0.95)
+        settings |= {"smallest": 1 - shrink, "coarse": max(int(shrink * options.get("grid", 100)), 2)}
+    return mse_qparams(table_SE, grid_of(args), scales, importance_RE=importance, **settings)
 
 
 def range_of(args: QuantizationArgs) -> Range:
@@ -129,6 +131,6 @@ def describe(scheme: QuantizationScheme) -> str:
             size = " " + "x".join(map(str, args.block_structure))
         symmetry = ("symmetric" if args.symmetric else "asymmetric") if args.type == "int" else ""
         when = "" if not role else "dynamic" if args.dynamic else "static"
-        words = (f"{role}{kind}", f"{args.strategy}{size}", symmetry, when)
+        words = (f"{role}{kind}", f"{QuantizationStrategy(args.strategy).value}{size}", symmetry, when)
         parts.append(" ".join(word for word in words if word))
     return ", ".join(parts)

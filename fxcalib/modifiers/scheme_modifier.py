@@ -171,7 +171,7 @@ class SchemeModifier(Modifier):
                     None if args is None else qargs.range_of(args),
                 )
 
-            shared.see(name, recipe, make, inputs.detach(), _real(inputs, scope.batch), scope.batch.index)
+            shared.see(name, recipe, make, inputs, _real(inputs, scope.batch), scope.batch.index)
 
         return scope.modules[name].register_forward_pre_hook(hook, with_kwargs=True)
 

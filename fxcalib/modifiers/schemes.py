@@ -135,9 +135,10 @@ def resolve(
         if hasattr(module, "quantization_scheme"):
             raise OptionError(f"module {name!r} is quantized by another modifier too; give each its own targets")
         fixed_dtype = scheme.weights is not None and scheme.weights.scale_dtype is not None
-        if fixed_dtype and module.weight.dtype == torch.float16:
+        if fixed_dtype and module.weight.dtype != torch.bfloat16:
+            dtype = str(module.weight.dtype).removeprefix("torch.")
             raise OptionError(
-                f"module {name!r} is float16, which the format of its scheme cannot hold; load the model in bfloat16"
+                f"module {name!r} is {dtype}, but the format of its scheme holds bfloat16; load the model in bfloat16"
             )
         if isinstance(module, nn.Embedding) and (scheme.input_activations or scheme.output_activations):
             raise OptionError(f"module {name!r} is an embedding: its weights can be quantized, not its activations")
@@ -193,11 +194,11 @@ def _explicit(what: str, fields: Mapping[str, Any], targets: list[str]) -> Quant
 def _set_group_size(scheme: QuantizationScheme, group_size: int) -> None:
     weights = scheme.weights
     if weights is None or weights.strategy != QuantizationStrategy.GROUP or weights.scale_dtype is not None:
-        what = "has no weights" if weights is None else f"quantizes weights per {weights.strategy}"
-        fixed = (
-            "" if weights is None or weights.scale_dtype is None else f" of {weights.group_size}, fixed by its format"
-        )
-        raise OptionError(f"group size {group_size} does not apply: the scheme {what}{fixed}")
+        what = "has no weights"
+        if weights is not None:
+            what = f"quantizes weights per {QuantizationStrategy(weights.strategy).value}"
+            what += "" if weights.scale_dtype is None else f" of {weights.group_size}, fixed by its format"
+        raise OptionError(f"group size {group_size} does not apply: the scheme {what}")
     if group_size != -1 and group_size < 1:
         raise OptionError(f"group size {group_size} must be at least 1, or -1 for one scale per output channel")
     changed = {"group_size": None if group_size == -1 else group_size}

@@ -54,7 +54,9 @@ class Stages:
         if node.op == "get_attr":
             return False
         heavy = isinstance(node.target, torch._ops.OpOverload) and node.target._overloadpacket.__name__ in _HEAVY
-        return has_effect(node) or heavy or bool(self._storages[node] & changed)
+        # what reads a storage that is written to sees another value at another time
+        touched = {s for n in (node, *node.all_input_nodes) for s in self._storages[n]}
+        return has_effect(node) or heavy or bool(touched & changed)
 
     def _dependencies(self, changed: set[Any]) -> nx.DiGraph:
         """Data edges, and edges that keep an in-place write in its place among the other accesses of that storage."""

@@ -54,7 +54,7 @@ class Subgraph:
     frees: tuple[str, ...]
     """Inputs that no later subgraph reads."""
     writes: tuple[str, ...]
-    """Inputs that it changes in place; they need a copy where the subgraph runs more than once on them."""
+    """Inputs whose memory it changes in place; they need a copy where the subgraph runs more than once on them."""
     values: Mapping[str, Value]
     """Shape, dtype and bytes of inputs and outputs."""
     nodes: tuple[fx.Node, ...]

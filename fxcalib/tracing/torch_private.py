@@ -33,7 +33,8 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 
-patch_functorch_config = functorch_config.patch  # type: ignore[attr-defined]
+patch_functorch_config = functorch_config.patch
+patch_fx_config = fx_config.patch  # type: ignore[attr-defined]
 
 __all__ = [
     "ConstantSource",
@@ -53,9 +54,9 @@ __all__ = [
     "free_unbacked_symbols",
     "functorch_apis",
     "functorch_vmap",
-    "fx_config",
     "get_proxy_slot",
     "patch_functorch_config",
+    "patch_fx_config",
     "py_sym_types",
     "pytree",
     "track_tensor_tree",

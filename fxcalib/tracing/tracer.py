@@ -39,9 +39,9 @@ from fxcalib.tracing.torch_private import (
     fetch_sym_proxy,
     functorch_apis,
     functorch_vmap,
-    fx_config,
     get_proxy_slot,
     patch_functorch_config,
+    patch_fx_config,
     pytree,
     track_tensor_tree,
 )
@@ -225,7 +225,7 @@ class Recorder:
             attributes = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
             if len(real) == len(placeholders):
                 self._prefix = RealPrefix(tracer.graph, real, lambda path: self._attribute(path, attributes))
-            stack.enter_context(fx_config.patch(backed_size_oblivious=True))
+            stack.enter_context(patch_fx_config(backed_size_oblivious=True))
             stack.enter_context(patch_functorch_config(generate_fake_kernels_from_real_mismatches=True))
             tracer.weights = stack.enter_context(fake_weights(self._model, mode, self._device))
             stack.enter_context(self._post_dispatch_vmap())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization.lifecycle import forward
 from layerwise import calibrate, scope_of, tiny_llama, token_batches
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -27,23 +28,23 @@ def hooks_of(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("kind", [QuantizationModifier, GPTQModifier])
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "dtype"),
     [
-        {"scheme": "W4A16", "group_size": 32},
-        {"scheme": "W4A16_ASYM", "group_size": 16},
-        {"scheme": "W8A8"},
-        {"scheme": "FP8"},
-        {"scheme": "FP8_DYNAMIC"},
-        {"scheme": "NVFP4"},
-        {"scheme": "MXFP4"},
-        {"scheme": STATIC_INT8},
+        ({"scheme": "W4A16", "group_size": 32}, torch.bfloat16),
+        ({"scheme": "W4A16_ASYM", "group_size": 16}, torch.float16),
+        ({"scheme": "W8A8"}, torch.float32),
+        ({"scheme": "FP8"}, torch.float32),
+        ({"scheme": "FP8_DYNAMIC"}, torch.bfloat16),
+        ({"scheme": "NVFP4"}, torch.bfloat16),
+        ({"scheme": "MXFP4"}, torch.bfloat16),
+        ({"scheme": STATIC_INT8}, torch.float32),
     ],
-    ids=lambda arguments: str(arguments["scheme"])[:12],
+    ids=["W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4", "MXFP4", "static"],
 )
 def test_a_saved_model_gives_the_same_logits(
-    kind: type[SchemeModifier], arguments: dict[str, object], tmp_path: Path
+    kind: type[SchemeModifier], arguments: dict[str, object], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model = tiny_llama()
+    model = tiny_llama(dtype=dtype)
     before = model(BATCHES[0]).logits
     results = calibrate(model, kind(**arguments), BATCHES)  # type: ignore[arg-type]
     assert len(results) == 14 and all(result.error is not None and 0 < result.error < 0.1 for result in results)
@@ -54,9 +55,7 @@ def test_a_saved_model_gives_the_same_logits(
     model.save_pretrained(tmp_path)
     compressor.update_config(str(tmp_path))
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    # NVFP4 and MXFP4 decompress to bfloat16.
-    exact = arguments["scheme"] not in ("NVFP4", "MXFP4")
-    assert torch.allclose(reloaded(BATCHES[0]).logits, in_memory, atol=0 if exact else 0.02, rtol=0)
+    assert torch.equal(reloaded(BATCHES[0]).logits, in_memory)
 
 
 def test_nothing_changes_until_commit_and_hooks_live_in_observe_only() -> None:
@@ -98,7 +97,6 @@ def test_committed_weights_are_not_quantized_again_in_every_forward(monkeypatch:
     model = tiny_llama()
     calibrate(model, QuantizationModifier(scheme="W8A8"), [])
     seen: list[str] = []
-    from compressed_tensors.quantization.lifecycle import forward
 
     real = forward.forward_quantize
     monkeypatch.setattr(
@@ -111,9 +109,9 @@ def test_committed_weights_are_not_quantized_again_in_every_forward(monkeypatch:
     assert model.get_submodule(UP).quantization_status == QuantizationStatus.DECOMPRESSED
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "MXFP8"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "W4AFP8"])
 def test_weights_and_dynamic_activations_need_no_data(scheme: str) -> None:
-    modifier = QuantizationModifier(scheme=scheme, group_size=32 if scheme == "W4A16" else None)
+    modifier = QuantizationModifier(scheme=scheme, group_size=32 if scheme.startswith("W4") else None)
     assert not modifier.needs_data
     modifier.attach(tiny_llama())
     assert not modifier.needs.observed and len(modifier.needs.committed) == 14

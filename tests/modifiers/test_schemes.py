@@ -2,7 +2,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
-from layerwise import tiny_llama
+from layerwise import scope_of, tiny_llama
 from torch import nn
 
 from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError
@@ -140,8 +140,6 @@ def test_quantized_models_are_refused() -> None:
     modifier.attach(model)
     with pytest.raises(OptionError, match=r"'model.layers.0.self_attn.q_proj' is quantized by another modifier too"):
         resolve(model, build_schemes("Linear", "W8A8", None))
-    from layerwise import scope_of
-
     modifier.commit(scope_of(model, ""))
     with pytest.raises(AlreadyQuantizedError, match="start from the original checkpoint"):
         resolve(model, build_schemes("Linear", "W8A8", None))
@@ -166,6 +164,8 @@ def test_weights_that_are_not_finite_are_named() -> None:
     check_finite("huge", huge)
 
 
-def test_half_precision_cannot_hold_microscaling_formats() -> None:
-    with pytest.raises(OptionError, match=r"load the model in bfloat16"):
-        resolve(tiny_llama(dtype=torch.float16), build_schemes("Linear", "MXFP4", None))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4A16"])
+def test_two_level_formats_hold_bfloat16_only(dtype: torch.dtype, scheme: str) -> None:
+    with pytest.raises(OptionError, match=r"float.., but the format of its scheme holds bfloat16; load the model in"):
+        resolve(tiny_llama(dtype=dtype), build_schemes("Linear", scheme, None))

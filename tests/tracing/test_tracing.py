@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from batches import assert_identical, state_of, token_batch
+from tiny_llama import tiny_llama
+from torch import nn
+from torch.fx.proxy import TraceError as FxTraceError
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import import_utils
+
+from fxcalib import partition, trace
+from fxcalib.errors import BatchError, TargetError
+from fxcalib.tracing import TraceError, default_targets
+
+
+def test_every_module_beside_the_glue_is_one_node() -> None:
+    traced = trace(tiny_llama(), token_batch(2, 8, use_cache=False))
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == [
+        "model.embed_tokens",
+        "model.rotary_emb",
+        "model.layers.0",
+        "model.layers.1",
+        "model.norm",
+        "lm_head",
+    ]
+    assert traced.targets.names == ("model.layers.0", "model.layers.1")
+
+
+def test_linear_targets_trace_through_attention_and_mlp() -> None:
+    model = tiny_llama()
+    traced = trace(model, token_batch(2, 8, use_cache=False), ["re:.*_proj$"])
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert [name for name in called if name.startswith("model.layers.0.self_attn")] == [
+        f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"
+    ]
+    batch = token_batch(3, 11, seed=1, left=4, use_cache=False)
+    with torch.no_grad():
+        assert_identical(partition(traced).run(batch), model(**batch))
+
+
+def test_a_meta_model_traces_without_weights() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=12, hidden_size=4096, num_key_value_heads=8)).eval()
+    traced = trace(model, token_batch(1, 8, use_cache=False))
+    assert len(traced.targets.names) == 12
+    assert all(p.device.type == "meta" and isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def test_unpadded_batches_carry_no_mask() -> None:
+    model = tiny_llama()
+    plain = trace(model, token_batch(2, 8, use_cache=False))
+    masks = [n for n in plain.graph.nodes if n.op == "call_module" and n.kwargs.get("attention_mask") is not None]
+    assert not masks
+    padded = trace(model, token_batch(2, 8, left=3, use_cache=False))
+    masks = [n for n in padded.graph.nodes if n.op == "call_module" and n.kwargs.get("attention_mask") is not None]
+    assert len(masks) == 2
+
+
+def test_guards_carry_the_line_of_the_model() -> None:
+    traced = trace(tiny_llama(), token_batch(2, 8, use_cache=False))
+    values = [guard for guard in traced.guards if guard.kind == "value"]
+    assert len(values) == 1
+    assert "masking_utils.py" in values[0].source
+    assert "use_cache == False" in [guard.text for guard in traced.guards if guard.kind == "constant"]
+    assert str(values[0]) in str(traced)
+
+
+def test_nothing_is_left_behind() -> None:
+    model = tiny_llama()
+    before, call, random = state_of(model), nn.Module.__call__, torch.get_rng_state()
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    trace(model, token_batch(2, 8, output_hidden_states=True))
+    assert nn.Module.__call__ is call
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert not any(module._forward_hooks for module in model.modules())
+    after = state_of(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Branching(nn.Module):
+    """Branches on a module's result, which no trace can know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        if x.sum() > 0:
+            x = -x
+        return self.layers[1](x)
+
+
+def test_failure_names_the_line_and_restores_everything() -> None:
+    model = Branching()
+    call, fake = nn.Module.__call__, import_utils.is_fake_tensor
+    with pytest.raises(FxTraceError) as caught:
+        trace(model, {"x": torch.randn(2, 4)})
+    assert isinstance(caught.value, TraceError)
+    assert "if x.sum() > 0" in str(caught.value)
+    assert __file__ in str(caught.value)
+    assert nn.Module.__call__ is call
+    assert import_utils.is_fake_tensor is fake
+    assert isinstance(model.layers[0].weight, nn.Parameter)
+    assert model(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_an_error_of_the_forward_is_a_trace_error_with_its_line() -> None:
+    class Raising(Branching):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("out of cheese")
+
+    with pytest.raises(TraceError, match="RuntimeError: out of cheese") as caught:
+        trace(Raising(), {"x": torch.ones(1, 4)})
+    assert 'raise RuntimeError("out of cheese")' in str(caught.value)
+
+
+def test_default_targets() -> None:
+    assert default_targets(tiny_llama()) == ["LlamaDecoderLayer"]
+
+    class Block(nn.Module):
+        pass
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = nn.ModuleList([nn.Linear(2, 2) for _ in range(8)])
+            self.big = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), Block()) for _ in range(3)])
+
+    assert default_targets(Plain()) == ["Sequential"]
+    assert default_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == ["Linear", "ReLU"]
+
+
+def test_unmatched_targets_offer_the_nearest() -> None:
+    model = tiny_llama()
+    with pytest.raises(TargetError, match="did you mean 'LlamaDecoderLayer'"):
+        trace(model, token_batch(1, 4), ["LlamaDecoderLayr"])
+    with pytest.raises(TargetError, match=r"did you mean 'model\.layers\.1'"):
+        trace(model, token_batch(1, 4), ["model.layer.1"])
+
+
+def test_a_batch_without_tensors_is_refused() -> None:
+    with pytest.raises(BatchError, match="holds no tensor"):
+        trace(tiny_llama(), {"use_cache": False})
+
+
+class Odd(nn.Module):
+    """In-place writes, a loop over a size, a module called twice, a value that is only returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        self.scale = nn.Parameter(torch.full((4,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept = x.clone()
+        view = kept[:, :2]
+        hidden = self.layers[0](x)
+        before = kept.sum(-1)
+        kept.mul_(2)
+        hidden = hidden + kept * self.scale + view.mean()
+        for row in range(hidden.shape[0]):
+            hidden[row] += row
+        hidden = self.layers[1](self.layers[0](hidden))
+        kept.add_(hidden)
+        return {"hidden": hidden, "before": before, "view": view.clone()}
+
+
+@pytest.mark.parametrize("rows", [3, 1, 5])
+def test_in_place_writes_keep_their_order(rows: int) -> None:
+    torch.manual_seed(0)
+    model = Odd()
+    parts = partition(trace(model, {"x": torch.randn(3, 4)}, ["Linear"]))
+    x = torch.randn(rows, 4)
+    original = x.clone()
+    with torch.no_grad():
+        assert_identical(parts.run({"x": x}), model(original))
+    assert torch.equal(x, original)
+
+
+def test_tracing_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "transformers.utils.import_utils")
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    parts = partition(trace(model, {"input": torch.randn(2, 4)}))
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        assert torch.equal(parts.run({"input": x}), model(x))
