@@ -12,6 +12,7 @@ from torch import nn
 
 from fxcalib.partitioning import Partition, Variants
 from fxcalib.planning import Part
+from fxcalib.tracing import TraceError
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class TracedProgram(Program):
 
     def bind(self, batch: Mapping[str, Any]) -> Bound:
         partition = self._variants.select(batch)
+        first, own = ([subgraph.targets for subgraph in p] for p in (self.partition, partition))
+        if first != own:
+            raise TraceError(
+                "a batch takes another way through the sequential targets than the first one, so that subgraphs cannot "
+                f"be calibrated on both: {own} instead of {first}. Calibrate on batches of one kind, or use the basic "
+                "pipeline"
+            )
         bound = partition.traced.bind(batch)
         return Bound(self._variants.partitions.index(partition), bound.inputs, bound.signature)
 

@@ -126,6 +126,7 @@ def resolve(
             scheme = owners[match_targets(name, module, list(owners))[0]]
             if any(getattr(scheme, role) is not None for role in _ROLES):
                 resolved[name] = scheme
+                _refuse_quantized_module(name, module)
     if not resolved:
         raise TargetError(
             f"nothing to quantize: every module that {sorted(owners)} match is ignored by {ignored} or unquantized"
@@ -225,11 +226,13 @@ def _refuse_quantized(model: nn.Module) -> None:
         raise AlreadyQuantizedError(
             f"the model is quantized already ({getattr(method, 'value', method)}); start from the original checkpoint"
         )
-    for name, module in model.named_modules():
-        status = getattr(module, "quantization_status", None)
-        # Another modifier of the same run leaves its modules initialized until it commits them.
-        if is_module_quantized(module) and status != QuantizationStatus.INITIALIZED:
-            raise AlreadyQuantizedError(f"module {name!r} is quantized already; start from the original checkpoint")
+
+
+def _refuse_quantized_module(name: str, module: nn.Module) -> None:
+    status = getattr(module, "quantization_status", None)
+    # Another modifier of the same run leaves its modules initialized until it commits them.
+    if is_module_quantized(module) and status != QuantizationStatus.INITIALIZED:
+        raise AlreadyQuantizedError(f"module {name!r} is quantized already; start from the original checkpoint")
 
 
 def _refuse_tied(model: nn.Module, names: Mapping[str, nn.Module], resolved: Mapping[str, QuantizationScheme]) -> None:

@@ -96,7 +96,10 @@ class GraphTracer(PythonKeyTracer):
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
         # the parent's version looks `get_attr` targets up with getattr, which fails on dotted paths
-        return fx.proxy.TracerBase.create_node(self, kind, target, args, kwargs, *rest, **more)
+        node = fx.proxy.TracerBase.create_node(self, kind, target, args, kwargs, *rest, **more)
+        if kind == "call_function":
+            node.meta["source"] = source_of_frame(sys._getframe(1))
+        return node
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):
