@@ -10,13 +10,15 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "overhead": "a sequential calibration that does nothing against two plain forwards, then `gptq`",
     "gptq": "time, memory and quality of GPTQ W4A16 on SmolLM2-135M, beside llm-compressor",
+    "peaks": "predicted against measured peaks of memory on three models of different shapes",
+    "planning_time": "how long planning takes for models of 8 to 671 billion parameters; bytes of masks",
 }
 """Name -> one line. Each is a module `benchmarks.NAME` with `add_arguments(parser)` and `run(arguments)`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that `arguments` name; the exit status."""
-    listing = "\n".join(f"  {name:<12}{line}" for name, line in BENCHMARKS.items())
+    listing = "\n".join(f"  {name:<15}{line}" for name, line in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measurements of fxcalib on real models, beside other tools.",

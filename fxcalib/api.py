@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,11 +19,14 @@ from fxcalib.checkpoint import prepare_output, save
 from fxcalib.data import batches, build, load_texts
 from fxcalib.errors import DataError, OptionError, nearest
 from fxcalib.evaluation import evaluate as evaluate_model
-from fxcalib.loading import LoadedModel, load, refuse_non_finite, refuse_quantized
+from fxcalib.loading import DTYPES, LoadedModel, load, load_skeleton, refuse_non_finite, refuse_quantized
 from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
 from fxcalib.pipelines import CalibrationPipeline
 from fxcalib.progress import Progress
 from fxcalib.report import Report, versions
+
+if TYPE_CHECKING:
+    from fxcalib.prediction import DryRun
 
 ALGORITHMS: dict[str, type[GPTQModifier] | type[QuantizationModifier]] = {
     "gptq": GPTQModifier,
@@ -41,6 +44,8 @@ def calibrate(
     pipeline: str | None = "sequential",
     targets: str | Sequence[str] | None = None,
     targets_per_subgraph: int = 1,
+    propagate_error: bool = True,
+    suspended: bool = False,
     offload: str = "cpu",
     device: str | None = None,
     seed: int = 0,
@@ -53,9 +58,14 @@ def calibrate(
         dataloader: batches as dicts of tensors for `model(**batch)`, such as `input_ids` (batch, sequence) int64 and
             `attention_mask`; None where no modifier needs data.
         modifiers: what to do, in order.
-        pipeline: `sequential`, `basic`, `datafree` or `independent`; None infers it from the modifiers.
+        pipeline: `sequential`, `layer_sequential`, `basic`, `datafree` or `independent`; None infers it from the
+            modifiers.
         targets: sequential targets as class names, module names or `re:` patterns; default: the decoder layers.
         targets_per_subgraph: how many targets are calibrated at once.
+        propagate_error: calibrate each subgraph on what the compressed ones before it put out; else one pass over the
+            data on the original model's values does for both.
+        suspended: in the layer_sequential pipeline, suspend the model's own forwards at each layer instead of calling
+            the layers in a chain.
         offload: where intermediates lie between batches: `cpu`, `none` (on the device that computes) or a device.
         device: where to compute; default: the accelerator if there is one. The model returns to where it was.
         seed: of random operations in the model.
@@ -71,6 +81,8 @@ def calibrate(
     arguments = DatasetArguments(
         sequential_targets=None if targets is None else ((targets,) if isinstance(targets, str) else tuple(targets)),
         sequential_targets_per_subgraph=targets_per_subgraph,
+        propagate_error=propagate_error,
+        suspended=suspended,
         sequential_offload_device=offload,
         device=device,
         seed=seed,
@@ -126,6 +138,8 @@ def quantize(
     pipeline: str | None = None,
     targets: str | Sequence[str] | None = None,
     targets_per_subgraph: int = 1,
+    propagate_error: bool = True,
+    suspended: bool = False,
     offload: str = "cpu",
     device: str | None = None,
     dtype: str = "auto",
@@ -154,7 +168,7 @@ def quantize(
         batch_size: samples a batch.
         pack: join documents to samples without padding; else one document is one sample, padded.
         pipeline: as `calibrate`; default: inferred from the modifiers.
-        targets, targets_per_subgraph, offload, device, seed: as `calibrate`.
+        targets, targets_per_subgraph, propagate_error, suspended, offload, device, seed: as `calibrate`.
         dtype: to load the model in; `auto` is the checkpoint's own.
         output: folder to save to; None saves nothing.
         overwrite: replace a checkpoint that fxcalib wrote there before.
@@ -191,6 +205,8 @@ def quantize(
             pipeline=flow.name,
             targets=targets,
             targets_per_subgraph=targets_per_subgraph,
+            propagate_error=propagate_error,
+            suspended=suspended,
             offload=offload,
             device=device,
             seed=seed,
@@ -225,6 +241,89 @@ def quantize(
         return replace(report, seconds=time.perf_counter() - started, timings=dict(clock.seconds))
     finally:
         progress.close()
+
+
+def plan(
+    model: str | Path | nn.Module | None = None,
+    *,
+    algorithm: str = "gptq",
+    scheme: str = "W4A16",
+    group_size: int | None = None,
+    ignore: Sequence[str] | None = None,
+    modifiers: Modifier | Sequence[Modifier] | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 4,
+    pack: bool = True,
+    pipeline: str | None = None,
+    targets: str | Sequence[str] | None = None,
+    targets_per_subgraph: int = 1,
+    propagate_error: bool = True,
+    suspended: bool = False,
+    offload: str = "cpu",
+    device: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    writes: bool = True,
+    calibrate_machine: bool = False,
+    trust_remote_code: bool = False,
+) -> DryRun:
+    """What `quantize` would do with the same options: subgraphs, steps, bytes, operations. No weight is loaded.
+
+    Args:
+        model, ..., overwrite, trust_remote_code: as `quantize` has them; a module may lie on the meta device. The data
+            is not read: all `samples` (by default 128) are taken to be there, of `seq_len` tokens each.
+        writes: whether a checkpoint is written at the end.
+        calibrate_machine: measure how fast this machine multiplies and copies first, and keep that for later plans.
+
+    Raises:
+        FxcalibError: what `quantize` would refuse of model and options.
+    """
+    from fxcalib.embedded import MODEL_DIR
+    from fxcalib.prediction import Calibration, machine, predict
+
+    chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
+    flow = CalibrationPipeline.from_modifiers(chosen, pipeline)
+    if flow.name == "independent":
+        if len(chosen) > 1:
+            raise OptionError("the independent pipeline runs one modifier after another; plan each of them by itself")
+        flow = CalibrationPipeline.from_modifiers(chosen)
+    for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise OptionError(f"{name} is {value}; it must be at least 1")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise OptionError(f"unknown dtype {dtype!r}: {nearest(dtype, ['auto', *DTYPES])}")
+    if isinstance(model, nn.Module):
+        refuse_quantized(model)
+        skeleton, label = model, getattr(model, "name_or_path", "") or type(model).__name__
+    else:
+        folder = MODEL_DIR if model is None else model
+        skeleton, label = load_skeleton(folder, trust_remote_code=trust_remote_code), Path(folder).name
+        skeleton = skeleton if dtype == "auto" else skeleton.to(DTYPES[dtype])
+    if output is not None:
+        source = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
+        prepare_output(output, overwrite=overwrite, source=source)
+    arguments = DatasetArguments(
+        sequential_targets=None if targets is None else ((targets,) if isinstance(targets, str) else tuple(targets)),
+        sequential_targets_per_subgraph=targets_per_subgraph,
+        propagate_error=propagate_error,
+        suspended=suspended,
+        sequential_offload_device=offload,
+        device=device,
+        seed=seed,
+    )
+    if calibrate_machine:
+        machine.measure(arguments.compute_device())
+    limit = getattr(getattr(skeleton, "config", None), "max_position_embeddings", None)
+    calibration = Calibration(
+        samples=DEFAULT_SAMPLES if samples is None else samples,
+        batch_size=batch_size,
+        seq_len=seq_len if seq_len is not None else min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN),
+        padded=not pack,
+    )
+    return predict(skeleton, label, flow, calibration, arguments, writes=writes)
 
 
 def _modifiers(
@@ -362,4 +461,4 @@ def _collected_warnings() -> Iterator[list[str]]:
         yield texts
 
 
-__all__ = ["ALGORITHMS", "calibrate", "quantize"]
+__all__ = ["ALGORITHMS", "calibrate", "plan", "quantize"]

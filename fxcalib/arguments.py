@@ -20,8 +20,12 @@ class DatasetArguments:
     """Where intermediates lie between batches: `cpu`, `none` (where they are computed) or a device."""
     device: str | None = None
     """Where subgraphs run; None: the accelerator if there is one, else the CPU."""
+    tracing_ignore: tuple[str, ...] = ()
+    """Modules to keep whole in the trace although sequential targets lie in them."""
     propagate_error: bool = True
     """Whether later subgraphs are calibrated on what the compressed earlier ones put out."""
+    suspended: bool = False
+    """In the layer_sequential pipeline: suspend the model's own forwards instead of calling the layers in a chain."""
     seed: int = 0
     """Of random operations in the model."""
 

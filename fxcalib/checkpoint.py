@@ -18,7 +18,12 @@ import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationType,
+)
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils.match import match_named_modules, match_targets
 from huggingface_hub import save_torch_state_dict
@@ -189,6 +194,10 @@ def _write(model: nn.Module, folder: Path, processor: Any, source: Path | None) 
 
 def _compress(module: nn.Module, local: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     compressor = BaseCompressor.get_value_from_registry(_format(module).value)
+    weights = _scheme(module).weights
+    if weights is not None and weights.type == QuantizationType.INT:
+        # the integers are found by division: in bfloat16 those of 8 bits would come out one off now and then
+        local = {**local, "weight": local["weight"].float()}
     compressed: dict[str, torch.Tensor] = compressor.compress(local, _scheme(module))
     return {key: tensor for key, tensor in compressed.items() if tensor is not None}
 

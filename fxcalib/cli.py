@@ -17,6 +17,7 @@ from fxcalib.errors import FxcalibError
 if TYPE_CHECKING:
     from fxcalib.display import RichProgress
 
+UNTRACEABLE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -87,7 +88,30 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of erro
 
 def main() -> None:
     """Entry point of `fxcalib` and `python -m fxcalib`."""
-    app()
+    app(args=gathered(sys.argv[1:]))
+
+
+_MANY = ("--ignore", "--targets")
+
+
+def gathered(arguments: list[str]) -> list[str]:
+    """`arguments` in which an option of `_MANY` that is followed by several names is repeated for each of them.
+
+    That is so behind MODEL, given first; before it, one word is the name and the next may be MODEL.
+    """
+    rewritten: list[str] = []
+    option, taken, positionals = "", 0, 0
+    for argument in arguments:
+        if argument.startswith("-"):
+            option, taken = argument, 0
+        elif option in _MANY and taken and positionals > 1:
+            rewritten.append(option)
+        elif option and not taken:
+            taken = 1
+        else:
+            positionals += 1
+        rewritten.append(argument)
+    return rewritten
 
 
 def _version(asked: bool) -> None:
@@ -303,6 +327,179 @@ def evaluate_command(
         _print_json(dataclasses.asdict(result))
     else:
         typer.echo(str(result))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "fxcalib graph HuggingFaceTB/SmolLM2-135M-Instruct -o graph.svg\n\n"
+    "fxcalib graph ./my-model -o graph.html --report my-model-W4A16/fxcalib_report.json\n\n"
+    "fxcalib graph ./my-model -o graph.dot --targets Linear --expand"
+)
+def graph(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a Hugging Face id.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The picture; its ending says which kind: .svg .png .pdf .dot .json or .html (pan, zoom and search).",
+            rich_help_panel="Output",
+        ),
+    ],
+    expand: Annotated[
+        bool,
+        typer.Option("--expand", help="Draw repeated subgraphs one by one.", rich_help_panel="Output"),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="fxcalib_report.json of a run: its errors and times are shown with the graph.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    targets: Targets = None,
+    targets_per_subgraph: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Sequential targets in each subgraph.", rich_help_panel="How it runs"),
+    ] = 1,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A batch to trace with: keyword arguments of the model, saved with torch.save. Default: one is made.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    samples: Samples = None,
+    seq_len: SequenceLength = None,
+    batch_size: BatchSize = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw the graph of a model, cut into the subgraphs that calibration runs; only its config is loaded."""
+    options: dict[str, Any] = {
+        "report": report,
+        "targets": _names(targets),
+        "targets_per_subgraph": targets_per_subgraph,
+        "batch_file": batch,
+        "samples": samples,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "expand": expand,
+        "trust_remote_code": trust_remote_code,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with _reported(debug=debug, quiet=quiet, as_json=False):
+        from fxcalib.viz.command import draw
+
+        failure = draw(model, output, **given)
+    if failure is not None:
+        typer.echo(f"error: {failure}\nThe module tree is in {output}", err=True)
+        raise typer.Exit(UNTRACEABLE)
+    typer.echo(f"The graph is in {output}")
+
+
+@app.command(
+    name="plan",
+    epilog="[bold]Examples[/bold]\n\n"
+    "fxcalib plan meta-llama/Llama-3.1-70B --samples 512 --seq-len 2048\n\n"
+    "fxcalib plan ./my-model --scheme FP8 --algorithm rtn --calibrate-machine",
+)
+def plan_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A model folder or a Hugging Face id; only its config is read."),
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", "-a", metavar="A", help="gptq or rtn.", rich_help_panel="What to do")
+    ] = "gptq",
+    scheme: Annotated[
+        str, typer.Option("--scheme", "-s", metavar="S", help=_SCHEMES, rich_help_panel="What to do")
+    ] = "W4A16",
+    group_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Weights that share a scale.", rich_help_panel="What to do"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Modules to leave as they are.", rich_help_panel="What to do"),
+    ] = None,
+    data: Data = None,
+    text_column: TextColumn = None,
+    samples: Samples = None,
+    seq_len: SequenceLength = None,
+    batch_size: BatchSize = None,
+    pack: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="Samples of full length, or padded.", rich_help_panel="Data")
+    ] = True,
+    seed: Seed = 0,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="P", help="sequential, basic, datafree, independent.", rich_help_panel="How it runs"),
+    ] = None,
+    targets: Targets = None,
+    offload: Annotated[
+        str,
+        typer.Option(metavar="cpu|none", help="Where activations wait between passes.", rich_help_panel="How it runs"),
+    ] = "cpu",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="Folder to be checked.", rich_help_panel="Output"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="As quantize takes it.", rich_help_panel="Output")
+    ] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Taken, but evaluation is not planned.", rich_help_panel="Output")
+    ] = False,
+    calibrate_machine: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate-machine",
+            help="Measure first how fast this machine multiplies and copies, to estimate times from now on.",
+            rich_help_panel="How it runs",
+        ),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what quantize would do with the same options, and the memory it would take, without weights and data."""
+    options: dict[str, Any] = {
+        "algorithm": algorithm,
+        "scheme": scheme,
+        "group_size": group_size,
+        "ignore": _names(ignore),
+        "samples": samples,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "pack": pack,
+        "pipeline": pipeline,
+        "targets": _names(targets),
+        "offload": offload,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "output": output,
+        "overwrite": overwrite,
+        "calibrate_machine": calibrate_machine,
+        "trust_remote_code": trust_remote_code,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with _reported(debug=debug, quiet=quiet, as_json=as_json):
+        from fxcalib import api
+
+        found = api.plan(model, **given)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
 
 
 def default_output(model: str, scheme: str) -> Path:

@@ -9,7 +9,8 @@ FxcalibError
 ├── DataError            calibration or evaluation data that cannot be used
 │   ├── BatchError       a batch the model cannot take: missing keys, token ids out of the vocabulary
 │   └── NonFiniteActivationError
-├── OutputError          an output folder that cannot be written
+├── OutputError          an output folder or file that cannot be written
+├── RendererError        a picture that cannot be drawn with what is installed
 ├── PlanError            a schedule that reads what was not written
 └── TraceError           (in fxcalib.tracing, also torch.fx.proxy.TraceError) a model that cannot be traced
     └── GuardError       a batch that breaks an assumption of the trace
@@ -60,7 +61,11 @@ class NonFiniteActivationError(DataError):
 
 
 class OutputError(FxcalibError):
-    """An output folder that cannot be written."""
+    """An output folder or file that cannot be written."""
+
+
+class RendererError(FxcalibError):
+    """A picture that cannot be drawn with what is installed."""
 
 
 class PlanError(FxcalibError):

@@ -162,7 +162,7 @@ class _Run:
                 current.index = i
                 current.token_mask = None if fact.token_mask is None else fact.token_mask.to(self._device)
                 values = store.load(i, own.reads, private=part.changes if again else ())
-                run = partial(self._program.run, fact.variant, step.subgraph, values, fact.signature)
+                run = partial(self._program.run, fact.variant, step.subgraph, values, fact.signature, own.writes)
                 outputs = run()
                 kept = {name: outputs[name] for name in own.writes}
                 check_finite(kept, i, current.token_mask, run, self._program.model)

@@ -106,6 +106,30 @@ def load(
     return LoadedModel(model=loaded.eval().to(target_device), processor=processor, source=source, name=name)
 
 
+def load_skeleton(model: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The modules of `model`, a local folder or a hub id, on the meta device: its config is read, no weight is.
+
+    Parameters have the shapes and dtypes of the checkpoint and no values. A config that says it is quantized is
+    refused, as `load` refuses it.
+
+    Raises ModelError for a model that cannot be found or built, and AlreadyQuantizedError.
+    """
+    location, name = _locate(model)
+    with progress_bars_disabled(), _without_hopeless_retries(location):
+        config = _config(location, trust_remote_code)
+        _refuse_quantized(name, config)
+        auto_class = _auto_class(name, config)
+        try:
+            with torch.device("meta"):
+                skeleton = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        except ImportError as error:
+            raise ModelError(f"model {name!r} needs a package that is not installed: {error}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+            raise _unreadable(location, error) from error
+    assert isinstance(skeleton, nn.Module)
+    return skeleton.eval().requires_grad_(False)
+
+
 def refuse_quantized(model: nn.Module) -> None:
     """Raise AlreadyQuantizedError where the config or a module of `model` says that it is quantized."""
     name = getattr(model, "name_or_path", "") or type(model).__name__

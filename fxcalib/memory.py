@@ -17,7 +17,8 @@ def reset_peaks() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.accelerator.is_available():
         for index in range(torch.accelerator.device_count()):
-            torch.accelerator.reset_peak_memory_stats(index)
+            with contextlib.suppress(RuntimeError):  # an allocator that has not begun yet has no peak to forget
+                torch.accelerator.reset_peak_memory_stats(index)
 
 
 def peak_host_bytes() -> int:

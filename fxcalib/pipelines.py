@@ -3,6 +3,7 @@
 | name          | program                                    | schedule                                  |
 |---------------|--------------------------------------------|-------------------------------------------|
 | `sequential`  | the traced graph, cut at sequential targets | calibrate k, commit k, propagate k, each k |
+| `layer_sequential` | a chain of layers, or suspended forwards | the same, without a trace             |
 | `basic`       | the whole model as one subgraph             | calibrate, commit                         |
 | `datafree`    | the whole model as one subgraph             | commit                                    |
 | `independent` | that of each modifier's own pipeline        | one modifier after the other              |
@@ -24,6 +25,7 @@ from torch import nn
 
 from fxcalib.arguments import DatasetArguments
 from fxcalib.batch_checks import check_batch
+from fxcalib.chains import ChainProgram
 from fxcalib.errors import DataError, OptionError, nearest
 from fxcalib.executor import Batches, execute
 from fxcalib.intermediates import Intermediates, storage_device
@@ -33,7 +35,8 @@ from fxcalib.planning import Plan, make_plan
 from fxcalib.programs import Program, TracedProgram, WholeProgram
 from fxcalib.progress import Progress
 from fxcalib.report import SubgraphReport
-from fxcalib.tracing import TraceError, trace
+from fxcalib.suspended import SuspendedProgram
+from fxcalib.tracing import TraceError, default_targets, resolve_targets, trace
 from fxcalib.weights import Residency
 
 Dataloader = Iterable[Mapping[str, Any]]
@@ -112,6 +115,12 @@ class CalibrationPipeline(ABC):
             )
         return chosen(modifiers)
 
+    def _targets(self, model: nn.Module, arguments: DatasetArguments) -> tuple[list[str], list[str]]:
+        targets, ignore = get_targets_from_modifiers(self.modifiers, model)
+        if arguments.sequential_targets is not None:
+            targets = list(arguments.sequential_targets)
+        return targets, [*ignore, *arguments.tracing_ignore]
+
     @abstractmethod
     def program(self, model: nn.Module, batch: Mapping[str, Any], arguments: DatasetArguments) -> Program:
         """What is run, given the first batch."""
@@ -166,7 +175,13 @@ class CalibrationPipeline(ABC):
             taken = Batches(program, store)
         resident = Residency(model, device).complete
         plans = {
-            variant: make_plan(program.parts(variant), needs, program.inputs(variant), resident=resident)
+            variant: make_plan(
+                program.parts(variant),
+                needs,
+                program.inputs(variant),
+                resident=resident,
+                propagate_error=arguments.propagate_error,
+            )
             for variant in sorted(taken.variants | {0})
         }
         progress.phase("calibrate")
@@ -188,14 +203,27 @@ class SequentialPipeline(CalibrationPipeline):
     name = "sequential"
 
     def program(self, model: nn.Module, batch: Mapping[str, Any], arguments: DatasetArguments) -> Program:
-        targets = None if arguments.sequential_targets is None else list(arguments.sequential_targets)
+        targets, ignore = self._targets(model, arguments)
         try:
-            traced = trace(model, batch, targets, device=arguments.compute_device())
+            traced = trace(model, batch, targets, ignore=ignore, device=arguments.compute_device())
         except TraceError:
             with torch.no_grad():
                 model(**batch)  # an error of the model itself is clearer than one of its trace
             raise
         return TracedProgram(partition(traced, arguments.sequential_targets_per_subgraph))
+
+
+class LayerSequentialPipeline(CalibrationPipeline):
+    """Layer after layer without a trace, for models in which each layer's output is the next one's input.
+
+    With `suspended`, for every model that runs: its own forwards wait at each layer until all batches have come there.
+    """
+
+    name = "layer_sequential"
+
+    def program(self, model: nn.Module, batch: Mapping[str, Any], arguments: DatasetArguments) -> Program:
+        targets = resolve_targets(model, *self._targets(model, arguments))
+        return SuspendedProgram(model, targets, batch) if arguments.suspended else ChainProgram(model, targets)
 
 
 class BasicPipeline(CalibrationPipeline):
@@ -245,6 +273,33 @@ class IndependentPipeline(CalibrationPipeline):
             tokens=most.tokens,
             retraces=sum(o.retraces for o in outcomes),
         )
+
+
+def get_targets_from_modifiers(modifiers: Sequence[Modifier], model: nn.Module) -> tuple[list[str], list[str]]:
+    """Sequential targets, and modules to keep whole in the trace, that `modifiers` ask for.
+
+    What several modifiers ask for is merged; where none asks, the targets are the model's no-split modules, else the
+    class of its largest repeated layer stack.
+
+    Raises:
+        TargetError: a target matches nothing.
+        OptionError: one modifier's targets lie inside of another's, so that no one order of steps suits both.
+    """
+    asking = [(m, tuple(m.sequential_targets)) for m in modifiers if m.sequential_targets is not None]
+    targets = list(dict.fromkeys(target for _, wanted in asking for target in wanted))
+    ignore = list(dict.fromkeys(pattern for m in modifiers for pattern in m.tracing_ignore))
+    if not targets:
+        return default_targets(model), ignore
+    merged = set(resolve_targets(model, targets).names)
+    for modifier, wanted in asking:
+        lost = sorted(set(resolve_targets(model, wanted).names) - merged)
+        if lost:
+            raise OptionError(
+                f"{type(modifier).__name__} asks for sequential targets {', '.join(wanted)}, but {lost[0]} lies inside "
+                "of a target that another modifier asks for; give both the same sequential_targets, or use "
+                "pipeline='independent'"
+            )
+    return targets, ignore
 
 
 def _first_of(dataloader: Dataloader | None) -> tuple[Mapping[str, Any], Iterator[Mapping[str, Any]]]:

@@ -109,22 +109,33 @@ class Plan:
         return self
 
 
-def naive_plan(parts: Sequence[Part], needs: Sequence[Needs], inputs: Iterable[str], *, propagate: bool = True) -> Plan:
-    """Calibrate k, commit k, propagate k, for each subgraph k.
+def naive_plan(
+    parts: Sequence[Part], needs: Sequence[Needs], inputs: Iterable[str], *, propagate_error: bool = True
+) -> Plan:
+    """Calibrate k, commit k, propagate k, for each subgraph k; without `propagate_error`, propagate before commit.
 
     Modifiers that touch different modules of a subgraph share its passes; one that touches what an earlier one has
     changed gets a calibration of its own behind that commit.
+
+    Raises:
+        PlanError: a module that a modifier is to observe or compress lies in no subgraph.
     """
+    lost = sorted({m for n in needs for m in n.observed | n.committed} - {m for p in parts for m in p.modules})
+    if lost:
+        raise PlanError(f"no subgraph holds {', '.join(lost)}: it cannot be calibrated; leave it to `ignore`")
     steps: list[Step] = []
     for part in parts:
+        propagate = Step("propagate", part.index, reads=part.reads, writes=part.writes)
         steps.append(Step("load", part.index))
+        if not propagate_error:
+            steps.append(propagate)
         for group in _groups(part, needs):
             observed = len({m for i in group for m in needs[i].observed & part.modules})
             committed = len({m for i in group for m in needs[i].committed & part.modules})
             steps.append(Step("calibrate", part.index, group, observed, part.reads))
             steps.append(Step("commit", part.index, group, committed))
-        if propagate:
-            steps.append(Step("propagate", part.index, reads=part.reads, writes=part.writes))
+        if propagate_error:
+            steps.append(propagate)
         steps.append(Step("unload", part.index))
     return Plan(tuple(steps), len(parts), tuple(inputs))
 
@@ -148,16 +159,18 @@ def _groups(part: Part, needs: Sequence[Needs]) -> list[tuple[int, ...]]:
 def prune(plan: Plan) -> Plan:
     """Drop what changes nothing.
 
-    No calibration without observed modules, no commit without committed ones; where a subgraph is calibrated but
-    nothing in it is compressed, its one pass also writes; no pass whose values nothing reads.
+    No calibration without observed modules, no commit without committed ones; a calibration and a propagation of the
+    same subgraph with nothing committed in between are one pass; no pass whose values nothing reads.
     """
-    steps = [s for s in plan.steps if s.kind not in ("calibrate", "commit") or s.modules]
-    committed = {s.subgraph for s in steps if s.kind == "commit"}
     merged: list[Step] = []
-    for step in steps:
-        only = [i for i, s in enumerate(merged) if s.kind == "calibrate" and s.subgraph == step.subgraph]
-        if step.kind == "propagate" and only and step.subgraph not in committed:
-            merged[only[-1]] = replace(merged[only[-1]], writes=step.writes)
+    for step in plan.steps:
+        if step.kind in ("calibrate", "commit") and not step.modules:
+            continue
+        before = merged[-1] if merged else None
+        kinds = {step.kind, before.kind if before is not None else ""}
+        if before is not None and before.subgraph == step.subgraph and kinds == {"calibrate", "propagate"}:
+            calibrate, propagate = (step, before) if step.kind == "calibrate" else (before, step)
+            merged[-1] = replace(calibrate, writes=propagate.writes)
         else:
             merged.append(step)
     return replace(plan, steps=tuple(_without_dead(merged)))
@@ -208,8 +221,8 @@ def make_plan(
     inputs: Iterable[str],
     *,
     resident: bool = True,
-    propagate: bool = True,
+    propagate_error: bool = True,
 ) -> Plan:
     """The schedule that runs: `naive_plan` after all passes, verified."""
-    plan = naive_plan(parts, needs, inputs, propagate=propagate)
+    plan = naive_plan(parts, needs, inputs, propagate_error=propagate_error)
     return place(free(prune(plan)), resident=resident).verify()

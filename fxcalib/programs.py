@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,8 +47,15 @@ class Program(ABC):
         """Qualified names of the sequential targets that a subgraph calls."""
 
     @abstractmethod
-    def run(self, variant: int, subgraph: int, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
-        """Run a subgraph on its inputs; returns its outputs."""
+    def run(
+        self,
+        variant: int,
+        subgraph: int,
+        values: Mapping[str, Any],
+        signature: tuple[Any, ...],
+        wanted: Collection[str],
+    ) -> Mapping[str, Any]:
+        """Run a subgraph on its inputs; returns its outputs, at least those `wanted`."""
 
     @abstractmethod
     def called(self, subgraph: int) -> Sequence[nn.Module]:
@@ -119,7 +126,14 @@ class TracedProgram(Program):
     def called(self, subgraph: int) -> Sequence[nn.Module]:
         return self.partition[subgraph].modules
 
-    def run(self, variant: int, subgraph: int, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
+    def run(
+        self,
+        variant: int,
+        subgraph: int,
+        values: Mapping[str, Any],
+        signature: tuple[Any, ...],
+        wanted: Collection[str],
+    ) -> Mapping[str, Any]:
         return self._variants.partitions[variant][subgraph].run(values, signature)
 
     @property
@@ -152,7 +166,14 @@ class WholeProgram(Program):
     def called(self, subgraph: int) -> Sequence[nn.Module]:
         return (self.model,)
 
-    def run(self, variant: int, subgraph: int, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
+    def run(
+        self,
+        variant: int,
+        subgraph: int,
+        values: Mapping[str, Any],
+        signature: tuple[Any, ...],
+        wanted: Collection[str],
+    ) -> Mapping[str, Any]:
         with torch.no_grad():
             self.model(**values)
         return {}

@@ -82,6 +82,19 @@ def test_the_checkpoint_computes_what_the_model_in_memory_does(tmp_path: Path) -
     torch.testing.assert_close(actual[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "W8A8", "FP8_DYNAMIC"])
+def test_weights_in_bfloat16_survive_packing_to_the_bit(folder: Path, tmp_path: Path, scheme: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    size = 32 if scheme in ("W4A16", "W8A16") else None
+    quantize(model, scheme=scheme, group_size=size, data=BATCHES, output=tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        loaded(**BATCHES[0])  # the first forward unpacks
+        assert torch.equal(loaded(**BATCHES[0]).logits, model(**BATCHES[0]).logits)
+    weights = {n: m.weight for n, m in loaded.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert all(torch.equal(weights[n], m.weight) for n, m in model.named_modules() if n in weights)
+
+
 def test_the_same_seed_and_data_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         quantize(**small(folder), output=tmp_path / name)

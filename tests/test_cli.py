@@ -49,6 +49,27 @@ def test_help_imports_nothing_heavy() -> None:
         assert done.stderr.splitlines()[-1] == "[]", arguments
 
 
+def test_lists_of_names_need_no_commas_behind_the_model() -> None:
+    given = ["quantize", "tiny", "--ignore", "lm_head", "re:.*up_proj", "--targets", "A", "B", "-o", "out"]
+    expected = [
+        "quantize",
+        "tiny",
+        "--ignore",
+        "lm_head",
+        "--ignore",
+        "re:.*up_proj",
+        "--targets",
+        "A",
+        "--targets",
+        "B",
+        "-o",
+        "out",
+    ]
+    assert cli.gathered(given) == expected
+    unclear = ["quantize", "--ignore", "lm_head", "tiny", "--json"]
+    assert cli.gathered(unclear) == unclear
+
+
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the time of one child process")
 def test_help_is_quick() -> None:
     seconds = []

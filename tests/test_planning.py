@@ -33,6 +33,7 @@ PLANS = {
     "last_layer_only": make_plan(chain(3), [needs("layers.2")], ("input_ids",)),
     "observed_but_not_changed": make_plan(chain(2), [Needs(frozenset({"layers.0", "layers.1"}))], ("input_ids",)),
     "one_after_another": make_plan(chain(2), [needs("layers.0"), needs("layers.0", "layers.1")], ("input_ids",)),
+    "one_pass": make_plan(chain(3), [needs(*LAYERS)], ("input_ids",), propagate_error=False),
     "side_by_side": make_plan(chain(2), [needs("layers.0"), needs("layers.1", "head")], ("input_ids",)),
 }
 
@@ -48,6 +49,15 @@ def test_golden(name: str) -> None:
 
 def test_weight_only_quantization_passes_over_no_data() -> None:
     assert PLANS["weight_only"].passes == 0
+
+
+def test_without_error_propagation_every_subgraph_is_run_once() -> None:
+    assert PLANS["one_pass"].passes == 3
+
+
+def test_a_module_outside_of_all_subgraphs_is_refused() -> None:
+    with pytest.raises(PlanError, match="no subgraph holds adapter: it cannot be calibrated"):
+        make_plan(chain(2), [needs("layers.0", "adapter")], ("input_ids",))
 
 
 def test_the_last_subgraph_is_never_propagated() -> None:

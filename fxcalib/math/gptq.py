@@ -122,7 +122,7 @@ def solve(
     factor: Factor,
     grid: Grid,
     group_of_column: list[int],
-    qparams: QParams | Callable[[Tensor], QParams],
+    qparams: QParams | Callable[[Tensor, int], QParams],
     *,
     block_size: int = 128,
 ) -> Solution:
@@ -130,7 +130,8 @@ def solve(
 
     `group_of_column` says for each input channel which scale it has. `qparams` holds scale and zero point as (O, G)
     float32, or finds them: it is then called with each group's columns (O, columns) float32, as updated for the errors
-    so far, when the first of them is reached, and returns (O,) each; this needs `Factor`s in the given column order.
+    so far, and the group's number when the first of them is reached, and returns (O,) each; this needs a `Factor` in
+    the given column order.
     Weights that share their inputs are solved together by stacking them along O.
 
     Columns are handled `block_size` at a time: what earlier blocks contribute is one matrix product a block.
@@ -178,7 +179,7 @@ def solve(
 
 
 def _by_group(
-    qparams: QParams | Callable[[Tensor], QParams], groups: int, out: int, device: torch.device
+    qparams: QParams | Callable[[Tensor, int], QParams], groups: int, out: int, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Contiguous (O,) scales and zero points, one pair for each group; placeholders where they are to be found."""
     if callable(qparams):
@@ -190,7 +191,7 @@ def _by_group(
 
 
 def _search_group(
-    search: Callable[[Tensor], QParams],
+    search: Callable[[Tensor, int], QParams],
     group: int,
     last: int,
     groups: list[int],
@@ -211,7 +212,7 @@ def _search_group(
     after = lower[last + 1 :, first : last + 1].t() @ error_IO[last + 1 :]
     own = lower[first : last + 1, first : last + 1].t()
     update = torch.linalg.solve_triangular(own, after, upper=True, unitriangular=True)
-    scale, zero_point = search((w_IO[first : last + 1] + update).flip(0).t())
+    scale, zero_point = search((w_IO[first : last + 1] + update).flip(0).t(), group)
     scales[group], zeros[group] = scale.contiguous(), None if zero_point is None else zero_point.contiguous()
 
 

@@ -11,7 +11,7 @@ A modifier never loops over batches, never moves tensors between devices and kee
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -70,6 +70,11 @@ class ModuleResult:
 
 class Modifier(ABC):
     """A compression algorithm. Subclasses hold their settings and, between `attach` and `detach`, their statistics."""
+
+    sequential_targets: Sequence[str] | None = None
+    """Modules that it wants the model to be cut at; None leaves that to others."""
+    tracing_ignore: Sequence[str] = ()
+    """Modules that it wants to be kept whole in the trace."""
 
     @property
     @abstractmethod

@@ -48,7 +48,9 @@ class SchemeModifier(Modifier):
         output_observer: str | None = None,
         observer: str | Mapping[str, str] | None = None,
         kv_cache_scheme: object = None,
+        sequential_targets: str | Sequence[str] | None = None,
     ) -> None:
+        self.sequential_targets = [sequential_targets] if isinstance(sequential_targets, str) else sequential_targets
         if kv_cache_scheme is not None:
             raise OptionError("kv_cache_scheme is not supported yet; leave it out")
         observers = _observers(observer, weight_observer, input_observer, output_observer)

@@ -97,7 +97,8 @@ class Variants:
     def retrace(self, batch: Mapping[str, Any]) -> Partition:
         """Trace and partition with `batch`, and keep the result for the next of its kind."""
         first = self.partitions[0]
-        traced = trace(first.traced.model, batch, first.traced.targets.patterns, device=first.traced.device)
+        known = first.traced.targets
+        traced = trace(first.traced.model, batch, known.patterns, ignore=known.ignore, device=first.traced.device)
         again = partition(traced, first.targets_per_subgraph)
         self.partitions.append(again)
         return again

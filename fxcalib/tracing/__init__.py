@@ -35,6 +35,7 @@ def trace(
     batch: Mapping[str, Any],
     targets: str | Sequence[str] | None = None,
     *,
+    ignore: Sequence[str] = (),
     device: torch.device | str | None = None,
 ) -> TracedModel:
     """Trace `model(**batch)` into a graph whose opaque nodes are the sequential targets and all modules beside them.
@@ -49,6 +50,7 @@ def trace(
             where the model branches on them.
         targets: class names, module names or `re:` patterns; default: the model's `_no_split_modules` that occur in it,
             else the class of its largest repeated layer stack.
+        ignore: modules to keep whole although targets lie in them, in the same notation.
         device: where the graph is to be run; default: where the batch lies (the CPU for a meta batch).
 
     Raises:
@@ -62,6 +64,6 @@ def trace(
     where = torch.device(device) if device is not None else tensors[0].device
     if where.type == "meta":
         where = torch.device("cpu")
-    resolved = resolve_targets(model, targets)
+    resolved = resolve_targets(model, targets, ignore)
     recording = Recorder(model, resolved, where).record(batch, dynamic=lambda name, dim: True)
     return TracedModel(model, resolved, recording, where, time.perf_counter() - started)

@@ -21,6 +21,7 @@ class Targets:
     """
 
     patterns: tuple[str, ...]
+    ignore: tuple[str, ...]
     names: tuple[str, ...]
     ancestors: frozenset[str]
 
@@ -49,30 +50,40 @@ def default_targets(model: nn.Module) -> list[str]:
     return sorted({type(child).__name__ for child in model.children()})
 
 
-def resolve_targets(model: nn.Module, patterns: str | Sequence[str] | None) -> Targets:
+def resolve_targets(model: nn.Module, patterns: str | Sequence[str] | None, ignore: Sequence[str] = ()) -> Targets:
     """Match `patterns` (class names, module names or `re:` expressions, as compressed-tensors matches them).
+
+    What lies in a module that `ignore` matches is no target, so that this module stays whole.
 
     Raises:
         TargetError: a pattern matches no module; the message lists the nearest names.
     """
+    whole = {name for pattern in ignore for name in _matches(model, pattern, "ignored module")}
     named = [patterns] if isinstance(patterns, str) else patterns
     wanted = default_targets(model) if named is None else list(named)
     if not wanted:
         raise TargetError("no sequential targets: the model has no submodules and none were named")
     matched: set[str] = set()
     for pattern in wanted:
-        hits = {name for name, _ in match_named_modules(model, [pattern])} - {""}
-        if not hits:
-            classes = {type(m).__name__ for m in model.modules()}
-            names = {n for n, _ in model.named_modules() if n}
-            close = nearest(pattern.removeprefix("re:"), classes if "." not in pattern else names)
-            raise TargetError(f"sequential target {pattern!r} matches no module of {type(model).__name__}: {close}")
-        matched |= hits
+        matched |= _matches(model, pattern, "sequential target")
+    matched = {name for name in matched if name not in whole and not any(p in whole for p in _parents(name))}
+    if not matched:
+        raise TargetError(f"all sequential targets {', '.join(wanted)} lie in ignored modules {', '.join(ignore)}")
     outermost = tuple(
         name for name, _ in model.named_modules() if name in matched and not any(p in matched for p in _parents(name))
     )
     ancestors = frozenset({""} | {parent for name in outermost for parent in _parents(name)})
-    return Targets(tuple(wanted), outermost, ancestors)
+    return Targets(tuple(wanted), tuple(ignore), outermost, ancestors)
+
+
+def _matches(model: nn.Module, pattern: str, role: str) -> set[str]:
+    found = {name for name, _ in match_named_modules(model, [pattern])} - {""}
+    if not found:
+        classes = {type(m).__name__ for m in model.modules()}
+        names = {n for n, _ in model.named_modules() if n}
+        close = nearest(pattern.removeprefix("re:"), classes if "." not in pattern else names)
+        raise TargetError(f"{role} {pattern!r} matches no module of {type(model).__name__}: {close}")
+    return found
 
 
 def _parents(name: str) -> list[str]:

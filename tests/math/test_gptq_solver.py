@@ -92,7 +92,7 @@ def test_scales_found_on_the_way_equal_the_paper(grid: Grid, block_size: int) ->
         factorize(hessian, 0.01, "given"),
         grid,
         COLUMNS,
-        lambda columns: minmax_qparams(columns.contiguous(), grid, FP32),
+        lambda columns, group: minmax_qparams(columns.contiguous(), grid, FP32),
         block_size=block_size,
     )
     reference = paper_gptq(weight, hessian, grid, None, 0.01, "given")

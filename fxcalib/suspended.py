@@ -1,0 +1,185 @@
+"""A model as its own running forwards: each batch's forward waits wherever it calls a sequential target.
+
+No graph and no assumption: exact for every model that runs, also for those that cannot be traced. What a forward holds
+in its frames while it waits stays where it is, so only weights are moved on and off the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from fxcalib.errors import ModelError
+from fxcalib.planning import Part
+from fxcalib.programs import Bound, Program
+from fxcalib.tracing import Targets
+from fxcalib.tracing.structure import flatten, unflatten
+
+FORWARD = "forward"
+
+
+class SuspendedForward:
+    """The forward of one batch. It runs until it calls a target and waits there until it is told to go on."""
+
+    def __init__(self, model: nn.Module, targets: Mapping[int, str], batch: Mapping[str, Any]) -> None:
+        self._targets = targets
+        self._random = torch.get_rng_state()
+        self._caller: greenlet | None = None
+        self._greenlet = greenlet(lambda: model(**batch))
+        self._inside = False
+        self.waits_at: str | None = None
+        """Qualified name of the target that is to be called next; None when the forward has ended."""
+        self._call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+
+    def advance(self) -> None:
+        """Call the target that the forward waits at and run on to the next."""
+        self._caller = getcurrent()
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        self.waits_at, self._call = None, None
+        try:
+            with _intercepted(self._arrive):
+                self._greenlet.switch()
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    def _arrive(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        name = self._targets.get(id(module))
+        if name is None or self._inside or getcurrent() is not self._greenlet:
+            return original(module, *args, **kwargs)
+        self.waits_at, self._call = name, (module, args, kwargs)
+        assert self._caller is not None
+        self._caller.switch()
+        self._inside = True
+        try:
+            return _on_its_device(partial(original, module), module, args, kwargs)
+        finally:
+            self._inside = False
+
+    def rehearse(self) -> None:
+        """Call the target that the forward waits at on copies of its arguments, and go no further."""
+        assert self._call is not None
+        module, args, kwargs = self._call
+        leaves, structure = flatten((args, kwargs))
+        copied_args, copied_kwargs = unflatten(structure, *copy.deepcopy(leaves))
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        try:
+            _on_its_device(module, module, copied_args, copied_kwargs)
+        finally:
+            torch.set_rng_state(outside)
+
+
+class SuspendedProgram(Program):
+    """One subgraph for each call of a target, in the order in which the first batch calls them."""
+
+    def __init__(self, model: nn.Module, targets: Targets, batch: Mapping[str, Any]) -> None:
+        self.model = model
+        self._targets = {id(model.get_submodule(name)): name for name in reversed(targets.names)}
+        self._sequence = self._calls(batch)
+        if not self._sequence:
+            raise ModelError(f"the first batch calls none of the sequential targets {', '.join(targets.patterns)}")
+
+    def _calls(self, batch: Mapping[str, Any]) -> list[str]:
+        calls: list[str] = []
+        depth = 0
+
+        def note(original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+            nonlocal depth
+            name = self._targets.get(id(module))
+            if name is None:
+                return original(module, *args, **kwargs)
+            if not depth:
+                calls.append(name)
+            depth += 1
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                depth -= 1
+
+        with _intercepted(note), torch.no_grad():
+            self.model(**batch)
+        return calls
+
+    def bind(self, batch: Mapping[str, Any]) -> Bound:
+        forward = SuspendedForward(self.model, self._targets, batch)
+        with torch.no_grad():
+            forward.advance()
+        return Bound(0, {FORWARD: forward}, ())
+
+    def parts(self, variant: int) -> Sequence[Part]:
+        claimed: set[str] = set()
+        parts = []
+        for k, name in enumerate(self._sequence):
+            inside = {f"{name}.{n}" if n else name for n, _ in self.model.get_submodule(name).named_modules()} - claimed
+            claimed |= inside
+            last = k == len(self._sequence) - 1
+            parts.append(Part(k, frozenset(inside), (FORWARD,), () if last else (FORWARD,)))
+        return parts
+
+    def inputs(self, variant: int) -> tuple[str, ...]:
+        return (FORWARD,)
+
+    def targets(self, subgraph: int) -> tuple[str, ...]:
+        return (self._sequence[subgraph],)
+
+    def called(self, subgraph: int) -> Sequence[nn.Module]:
+        return (self.model.get_submodule(self._sequence[subgraph]),)
+
+    def run(
+        self,
+        variant: int,
+        subgraph: int,
+        values: Mapping[str, Any],
+        signature: tuple[Any, ...],
+        wanted: Collection[str],
+    ) -> Mapping[str, Any]:
+        forward: SuspendedForward = values[FORWARD]
+        if forward.waits_at != self._sequence[subgraph]:
+            raise ModelError(
+                f"a batch calls {forward.waits_at or 'no more targets'} where the first one calls "
+                f"{self._sequence[subgraph]}: its targets cannot be calibrated in step with the others"
+            )
+        if wanted:
+            forward.advance()
+        else:
+            forward.rehearse()
+        return values
+
+
+def _on_its_device(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call `module` where its weights are, and bring the result to where its arguments are."""
+    leaves, structure = flatten((args, kwargs))
+    home = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+    away = next((p.device for p in module.parameters()), home)
+    if home is None or away == home:
+        return call(*args, **kwargs)
+    moved_args, moved_kwargs = unflatten(structure, *(_to(leaf, away) for leaf in leaves))
+    results, structure = flatten(call(*moved_args, **moved_kwargs))
+    return unflatten(structure, *(_to(leaf, home) for leaf in results))
+
+
+def _to(leaf: Any, device: torch.device | None) -> Any:
+    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
+
+
+@contextmanager
+def _intercepted(call: Callable[..., Any]) -> Iterator[None]:
+    original = nn.Module.__call__
+
+    def intercepted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(original, module, args, kwargs)
+
+    nn.Module.__call__ = intercepted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
