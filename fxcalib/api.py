@@ -290,6 +290,11 @@ def plan(
         if len(chosen) > 1:
             raise OptionError("the independent pipeline runs one modifier after another; plan each of them by itself")
         flow = CalibrationPipeline.from_modifiers(chosen)
+    if flow.name == "layer_sequential":
+        raise OptionError(
+            "the layer_sequential pipeline traces nothing, so it cannot be planned without weights; "
+            "plan pipeline='sequential', which takes the same steps"
+        )
     for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise OptionError(f"{name} is {value}; it must be at least 1")

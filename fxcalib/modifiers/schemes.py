@@ -93,7 +93,7 @@ def resolve(
 ) -> dict[str, QuantizationScheme]:
     """Scheme of each module that is to be quantized, by qualified name in the order of the model.
 
-    `ignore`: names, classes or `re:` patterns to leave alone; None: `lm_head` where the model has one. Where several
+    `ignore`: names, classes or `re:` patterns to leave alone; None: the output head where the model has one. Where several
     targets match a module, its exact name goes before patterns and those before classes, as compressed-tensors reads
     them back from a checkpoint.
 
@@ -106,7 +106,7 @@ def resolve(
     _refuse_quantized(model)
     names = dict(model.named_modules())
     if ignore is None:
-        ignored = ["lm_head"] if "lm_head" in names else []
+        ignored = _output_head(model, names)
     else:
         ignored = [ignore] if isinstance(ignore, str) else list(ignore)
         for pattern in ignored:
@@ -209,6 +209,14 @@ def _set_group_size(scheme: QuantizationScheme, group_size: int) -> None:
 
 def _matches(model: nn.Module, pattern: str) -> bool:
     return any(is_match(name, module, pattern) for name, module in model.named_modules())
+
+
+def _output_head(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:
+    """Name of the module that makes logits: what transformers calls the output embeddings, else `lm_head`."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    found = [name for name, module in names.items() if module is head and name]
+    return found or (["lm_head"] if "lm_head" in names else [])
 
 
 def _suggest(pattern: str, model: nn.Module) -> str:

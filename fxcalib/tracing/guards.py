@@ -157,9 +157,17 @@ class ShapeGuards:
         """The expression of a symbolic size after all unifications of the trace."""
         return self._replace(size.node._expr)
 
-    def sizes(self, signature: tuple[Any, ...]) -> dict[sympy.Symbol, int]:
-        """Symbol values of an accepted signature."""
-        return self._accepted[signature]
+    def number(self, size: torch.SymInt, signature: tuple[Any, ...]) -> int:
+        """The value of a symbolic size for a batch of this accepted signature.
+
+        Raises:
+            GuardError: the size depends on more than the sizes of the batch.
+        """
+        numbers = {symbol: sympy.Integer(n) for symbol, n in self._accepted[signature].items()}
+        value = self._replace(size.node._expr).xreplace(numbers)
+        if not value.is_number:
+            raise GuardError(f"the size {value} does not follow from those of the batch")
+        return int(value)
 
     def check_leaf(self, check: LeafCheck, result: Any, signature: tuple[Any, ...]) -> None:
         """Hold a module's result against what was traced.

@@ -96,7 +96,7 @@ class TracedModel:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         inputs = {str(n.name): t for n, t in zip(placeholders, tensors, strict=True)}
-        self._check_values(inputs)
+        self._check_values(inputs, signature)
         return BoundBatch(inputs, signature)
 
     def attribute(self, path: str) -> Any:
@@ -117,11 +117,11 @@ class TracedModel:
     def _value_program(self) -> list[fx.Node]:
         wanted = {v.node for v in self.recording.value_guards}
         for node in reversed(self.graph.nodes):
-            if node in wanted:
+            if node in wanted and not isinstance(node.meta.get("val"), torch.SymInt):
                 wanted.update(node.all_input_nodes)
         return [n for n in self.graph.nodes if n in wanted and n.op != "placeholder"]
 
-    def _check_values(self, inputs: Mapping[str, Any]) -> None:
+    def _check_values(self, inputs: Mapping[str, Any], signature: tuple[Any, ...]) -> None:
         guards = {v.node: v for v in self.recording.value_guards}
         if not guards:
             return
@@ -130,7 +130,11 @@ class TracedModel:
         with torch.no_grad():
             for node in self._value_program:
                 try:
-                    values[node] = run_glue(self, node, values)
+                    size = node.meta.get("val")
+                    if isinstance(size, torch.SymInt):
+                        values[node] = self.recording.shape_guards.number(size, signature)
+                    else:
+                        values[node] = run_glue(self, node, values)
                 except Exception as error:
                     raise GuardError(f"a guard cannot be computed on this batch: {error}") from error
                 if node in guards and bool(values[node]) != guards[node].expected:

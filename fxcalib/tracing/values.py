@@ -40,6 +40,9 @@ class RealPrefix:
         if node.op == "get_attr":
             value = self._attribute(str(node.target))
             return _UNKNOWN if isinstance(value, torch.Tensor) and value.device.type == "meta" else value
+        size = node.meta.get("val")
+        if isinstance(size, torch.SymInt) and size.node.hint is not None:
+            return int(size.node.hint)  # known also where it is the size of a module's result
         if node.op != "call_function" or any(self._known[i] is _UNKNOWN for i in node.all_input_nodes):
             return _UNKNOWN
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._known[n])
