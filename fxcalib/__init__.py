@@ -1,7 +1,8 @@
 """fxcalib: a graph compiler for post-training calibration and quantization.
 
 `trace` turns a model into a graph, `partition` cuts it at its sequential targets, `calibrate` takes data through the
-subgraphs and compresses them one after another, `quantize` does all of it from a checkpoint to a checkpoint.
+subgraphs and compresses them one after another, `quantize` does all of it from a checkpoint to a checkpoint, and `plan`
+says beforehand what that would take.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxcalib.api import calibrate, quantize
+    from fxcalib.api import calibrate, plan, quantize
     from fxcalib.arguments import DatasetArguments
     from fxcalib.evaluation import Evaluation, evaluate
     from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "calibrate": "fxcalib.api",
+    "plan": "fxcalib.api",
     "quantize": "fxcalib.api",
     "DatasetArguments": "fxcalib.arguments",
     "Evaluation": "fxcalib.evaluation",
@@ -50,6 +52,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "partition",
+    "plan",
     "quantize",
     "trace",
 ]

@@ -32,8 +32,6 @@ ALGORITHMS: dict[str, type[GPTQModifier] | type[QuantizationModifier]] = {
     "gptq": GPTQModifier,
     "rtn": QuantizationModifier,
 }
-DEFAULT_SAMPLES = 128
-DEFAULT_SEQ_LEN = 1024
 
 
 def calibrate(
@@ -77,9 +75,8 @@ def calibrate(
     Raises:
         FxcalibError: see `fxcalib.errors`; the model may then be compressed in part.
     """
-    chosen = [modifiers] if isinstance(modifiers, Modifier) else list(modifiers)
     arguments = DatasetArguments(
-        sequential_targets=None if targets is None else ((targets,) if isinstance(targets, str) else tuple(targets)),
+        sequential_targets=_targets(targets),
         sequential_targets_per_subgraph=targets_per_subgraph,
         propagate_error=propagate_error,
         suspended=suspended,
@@ -88,37 +85,10 @@ def calibrate(
         seed=seed,
     )
     progress = progress or Progress()
-    memory.reset_peaks()
-    started = time.perf_counter()
-    fingerprint = _Fingerprinted(dataloader)
     try:
-        with _collected_warnings() as caught:
-            flow = CalibrationPipeline.from_modifiers(chosen, pipeline)
-            outcome = flow(model, fingerprint if dataloader is not None else None, arguments, progress=progress)
+        return _calibrate(model, dataloader, _listed(modifiers), pipeline, arguments, progress)
     finally:
         progress.close()
-    seconds = time.perf_counter() - started
-    return Report(
-        model=getattr(model, "name_or_path", "") or type(model).__name__,
-        pipeline=flow.name,
-        algorithm=", ".join(type(m).__name__ for m in chosen),
-        scheme=", ".join(dict.fromkeys(module.scheme for module in outcome.modules)),
-        subgraphs=outcome.subgraphs,
-        modules=outcome.modules,
-        seconds=seconds,
-        timings={"calibrate": seconds},
-        tokens=outcome.tokens,
-        samples=outcome.samples,
-        batches=outcome.batches,
-        passes=outcome.passes,
-        retraces=outcome.retraces,
-        peak_host_bytes=memory.peak_host_bytes(),
-        peak_device_bytes=memory.peak_device_bytes(),
-        seed=seed,
-        data=fingerprint.describe() if outcome.batches else {},
-        versions=versions(),
-        warnings=tuple(caught),
-    )
 
 
 def quantize(
@@ -186,6 +156,21 @@ def quantize(
     progress = progress or Progress()
     started = time.perf_counter()
     clock = _Clock()
+    arguments = DatasetArguments(
+        dataset=str(data) if isinstance(data, (str, Path)) else None,
+        text_column=text_column,
+        num_calibration_samples=samples,
+        max_seq_length=seq_len,
+        batch_size=batch_size,
+        concatenate_data=pack,
+        sequential_targets=_targets(targets),
+        sequential_targets_per_subgraph=targets_per_subgraph,
+        propagate_error=propagate_error,
+        suspended=suspended,
+        sequential_offload_device=offload,
+        device=device,
+        seed=seed,
+    )
     try:
         chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
         flow = CalibrationPipeline.from_modifiers(chosen, pipeline)  # options are refused before anything is loaded
@@ -196,24 +181,12 @@ def quantize(
         with clock("load"):
             loaded = _load(model, processor, dtype, trust_remote_code)
         with clock("data"):
-            dataloader, described = _data(loaded, chosen, data, text_column, samples, seq_len, batch_size, pack, seed)
-        before = _perplexity(loaded, evaluate, device, progress, clock, "evaluate before")
-        report = calibrate(
-            loaded.model,
-            dataloader,
-            chosen,
-            pipeline=flow.name,
-            targets=targets,
-            targets_per_subgraph=targets_per_subgraph,
-            propagate_error=propagate_error,
-            suspended=suspended,
-            offload=offload,
-            device=device,
-            seed=seed,
-            progress=_Unclosed(progress),
-        )
+            given = None if isinstance(data, (str, Path)) else data
+            dataloader, described = _data(loaded, chosen, given, arguments)
+        before = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate before")
+        report = _calibrate(loaded.model, dataloader, chosen, flow.name, arguments, progress)
         clock.seconds["calibrate"] = report.seconds
-        after = _perplexity(loaded, evaluate, device, progress, clock, "evaluate after")
+        after = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate after")
         report = replace(
             report,
             model=loaded.name,
@@ -311,7 +284,11 @@ def plan(
         source = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
         prepare_output(output, overwrite=overwrite, source=source)
     arguments = DatasetArguments(
-        sequential_targets=None if targets is None else ((targets,) if isinstance(targets, str) else tuple(targets)),
+        num_calibration_samples=samples,
+        max_seq_length=seq_len,
+        batch_size=batch_size,
+        concatenate_data=pack,
+        sequential_targets=_targets(targets),
         sequential_targets_per_subgraph=targets_per_subgraph,
         propagate_error=propagate_error,
         suspended=suspended,
@@ -321,14 +298,59 @@ def plan(
     )
     if calibrate_machine:
         machine.measure(arguments.compute_device())
-    limit = getattr(getattr(skeleton, "config", None), "max_position_embeddings", None)
     calibration = Calibration(
-        samples=DEFAULT_SAMPLES if samples is None else samples,
+        samples=arguments.samples,
         batch_size=batch_size,
-        seq_len=seq_len if seq_len is not None else min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN),
+        seq_len=arguments.seq_len(getattr(skeleton, "config", None)),
         padded=not pack,
     )
     return predict(skeleton, label, flow, calibration, arguments, writes=writes)
+
+
+def _calibrate(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None,
+    modifiers: Sequence[Modifier],
+    pipeline: str | None,
+    arguments: DatasetArguments,
+    progress: Progress,
+) -> Report:
+    memory.reset_peaks()
+    started = time.perf_counter()
+    fingerprint = _Fingerprinted(dataloader)
+    with _collected_warnings() as caught:
+        flow = CalibrationPipeline.from_modifiers(modifiers, pipeline)
+        outcome = flow(model, fingerprint if dataloader is not None else None, arguments, progress=progress)
+    seconds = time.perf_counter() - started
+    return Report(
+        model=getattr(model, "name_or_path", "") or type(model).__name__,
+        pipeline=flow.name,
+        algorithm=", ".join(type(m).__name__ for m in modifiers),
+        scheme=", ".join(dict.fromkeys(module.scheme for module in outcome.modules)),
+        subgraphs=outcome.subgraphs,
+        modules=outcome.modules,
+        seconds=seconds,
+        timings={"calibrate": seconds},
+        tokens=outcome.tokens,
+        samples=outcome.samples,
+        batches=outcome.batches,
+        passes=outcome.passes,
+        retraces=outcome.retraces,
+        peak_host_bytes=memory.peak_host_bytes(),
+        peak_device_bytes=memory.peak_device_bytes(),
+        seed=arguments.seed,
+        data=fingerprint.describe() if outcome.batches else {},
+        versions=versions(),
+        warnings=tuple(caught),
+    )
+
+
+def _listed(modifiers: Modifier | Sequence[Modifier]) -> list[Modifier]:
+    return [modifiers] if isinstance(modifiers, Modifier) else list(modifiers)
+
+
+def _targets(targets: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    return (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
 
 
 def _modifiers(
@@ -339,7 +361,7 @@ def _modifiers(
     given: Modifier | Sequence[Modifier] | None,
 ) -> list[Modifier]:
     if given is not None:
-        return [given] if isinstance(given, Modifier) else list(given)
+        return _listed(given)
     if algorithm.lower() not in ALGORITHMS:
         raise OptionError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
     return [ALGORITHMS[algorithm.lower()](scheme=scheme, group_size=group_size, ignore=ignore)]
@@ -363,46 +385,39 @@ def _load(model: str | Path | nn.Module | None, processor: Any, dtype: str, trus
 def _data(
     loaded: LoadedModel,
     modifiers: Sequence[Modifier],
-    data: str | Path | Iterable[Mapping[str, Any]] | None,
-    text_column: str | None,
-    samples: int | None,
-    seq_len: int | None,
-    batch_size: int,
-    pack: bool,
-    seed: int,
+    given: Iterable[Mapping[str, Any]] | None,
+    arguments: DatasetArguments,
 ) -> tuple[Iterable[Mapping[str, Any]] | None, dict[str, object]]:
     if not any(modifier.needs_data for modifier in modifiers):
         return None, {}
-    if data is not None and not isinstance(data, (str, Path)):
-        return data, {"source": "given batches"}
+    if given is not None:
+        return given, {"source": "given batches"}
     if loaded.processor is None:
         raise DataError(
             f"{loaded.name} has no tokenizer, so text cannot be used: pass processor=, or batches of tensors as data="
         )
-    limit = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
-    length = seq_len if seq_len is not None else min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
     built = build(
-        load_texts(data, column=text_column),
+        load_texts(arguments.dataset, column=arguments.text_column),
         loaded.processor,
-        samples=DEFAULT_SAMPLES if samples is None else samples,
-        seq_len=length,
-        seed=seed,
-        pack=pack,
-        at_most=samples is None,
+        samples=arguments.samples,
+        seq_len=arguments.seq_len(getattr(loaded.model, "config", None)),
+        seed=arguments.seed,
+        pack=arguments.concatenate_data,
+        at_most=arguments.num_calibration_samples is None,
     )
-    return batches(built, batch_size), built.describe()
+    return batches(built, arguments.batch_size), built.describe()
 
 
 def _perplexity(
-    loaded: LoadedModel, wanted: bool, device: str | None, progress: Progress, clock: _Clock, name: str
+    loaded: LoadedModel, wanted: bool, arguments: DatasetArguments, progress: Progress, clock: _Clock, name: str
 ) -> float | None:
     if not wanted:
         return None
     home = next(loaded.model.parameters()).device
-    loaded.model.to(DatasetArguments(device=device).compute_device())
+    loaded.model.to(arguments.compute_device())
     try:
         with clock(name):
-            return evaluate_model(loaded.model, tokenizer=loaded.processor, progress=_Unclosed(progress)).perplexity
+            return evaluate_model(loaded.model, tokenizer=loaded.processor, progress=progress).perplexity
     finally:
         loaded.model.to(home)
 
@@ -420,14 +435,6 @@ class _Clock:
             yield
         finally:
             self.seconds[name] = time.perf_counter() - started
-
-
-class _Unclosed(Progress):
-    """Passes everything on but `close`: more phases of the same job follow."""
-
-    def __init__(self, inner: Progress) -> None:
-        self.phase, self.plan, self.sweep = inner.phase, inner.plan, inner.sweep  # type: ignore[method-assign]
-        self.batch, self.module = inner.batch, inner.module  # type: ignore[method-assign]
 
 
 class _Fingerprinted:

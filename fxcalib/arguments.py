@@ -1,4 +1,4 @@
-"""The options of calibration data and pipelines, as one frozen value."""
+"""The options of calibration data and pipelines, as one frozen value. Names are llm-compressor's where it has them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ import torch
 
 from fxcalib.errors import OptionError
 
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQ_LEN = 1024
+
 
 @dataclass(frozen=True)
 class DatasetArguments:
-    """How a pipeline passes data through a model. Names are llm-compressor's where they mean the same."""
+    """Which data calibrates a model and how a pipeline passes it through."""
 
+    dataset: str | None = None
+    """A text, jsonl, json, csv or parquet file, a folder of those, or a `datasets` id; None: text that is shipped."""
+    text_column: str | None = None
+    """None: `text`."""
+    num_calibration_samples: int | None = None
+    """None: as many as there are, up to 128."""
+    max_seq_length: int | None = None
+    """Tokens a sample; None: 1024, or what the model takes where that is less."""
+    batch_size: int = 4
+    """Samples a batch."""
+    concatenate_data: bool = True
+    """Whether documents are joined to samples without padding; else each is one sample, padded to its batch."""
     sequential_targets: tuple[str, ...] | None = None
     """Class names, module names or `re:` patterns; None: the model's no-split modules."""
     sequential_targets_per_subgraph: int = 1
@@ -27,7 +42,17 @@ class DatasetArguments:
     suspended: bool = False
     """In the layer_sequential pipeline: suspend the model's own forwards instead of calling the layers in a chain."""
     seed: int = 0
-    """Of random operations in the model."""
+    """Of the choice of samples, and of random operations in the model."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples to take at most."""
+        return DEFAULT_SAMPLES if self.num_calibration_samples is None else self.num_calibration_samples
+
+    def seq_len(self, config: object) -> int:
+        """Tokens a sample for a model with this transformers config, or None."""
+        limit = getattr(config, "max_position_embeddings", None)
+        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN) if self.max_seq_length is None else self.max_seq_length
 
     def compute_device(self) -> torch.device:
         """The device that subgraphs run on.

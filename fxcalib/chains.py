@@ -6,6 +6,7 @@ layer replaced by one that only notes its arguments, which costs no more than th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class ChainProgram(Program):
             return result
 
         with _replaced(self._layers, look), torch.no_grad():
-            self.model(**batch)
+            self.model(**copy.deepcopy(dict(batch)))  # a forward may write to its inputs
         if seen != list(self._names):
             raise self._no_chain(f"its layers are called as {', '.join(seen) or 'none'}")
         if len(slots) > 1:
@@ -140,7 +141,7 @@ class ChainProgram(Program):
             return self._results[k].around(leaves[self._slot])
 
         with _replaced(self._layers, note), torch.no_grad(), suppress(_Enough):
-            self.model(**batch)
+            self.model(**copy.deepcopy(dict(batch)))
         return calls
 
     def _no_chain(self, reason: str) -> ModelError:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxcalib.errors import NonFiniteActivationError
+from fxcalib.math.finite import all_finite
 
 
 def check_finite(
@@ -35,12 +36,10 @@ def check_finite(
 def _finite(value: Any, token_mask: torch.Tensor | None) -> bool:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return True
-    # one reduction instead of a mask of the whole tensor; in float32, where bfloat16 and float16 sums do not overflow
-    if bool(torch.isfinite(value.sum(dtype=torch.float32))):
+    if all_finite(value):
         return True
-    if token_mask is not None and value.shape[:2] == token_mask.shape:
-        value = value[token_mask]
-    return bool(torch.isfinite(value).all())
+    padded = token_mask is not None and value.shape[:2] == token_mask.shape
+    return padded and all_finite(value[token_mask])
 
 
 def _first_culprit(model: nn.Module, rerun: Callable[[], Any], token_mask: torch.Tensor | None) -> str:

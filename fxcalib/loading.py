@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from fxcalib.errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, OptionError, nearest
+from fxcalib.math.finite import all_finite
 
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
@@ -152,9 +153,8 @@ def refuse_non_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or tensor.is_meta or tensor.dtype.itemsize == 1:
             continue
-        finite = torch.isfinite(tensor)
-        if not finite.all():
-            bad = int((~finite).sum())
+        if not all_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteWeightError(
                 f"parameter {name!r} holds {bad} NaN or infinite of {tensor.numel()} values; "
                 "download the checkpoint again or load it as bfloat16 or float32 if it overflowed as float16"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +59,8 @@ class SuspendedForward:
         self._caller.switch()
         self._inside = True
         try:
-            return _on_its_device(partial(original, module), module, args, kwargs)
+            with _on_its_device(module):
+                return original(module, *args, **kwargs)
         finally:
             self._inside = False
 
@@ -73,7 +73,8 @@ class SuspendedForward:
         outside = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
-            _on_its_device(module, module, copied_args, copied_kwargs)
+            with _on_its_device(module):
+                module(*copied_args, **copied_kwargs)
         finally:
             torch.set_rng_state(outside)
 
@@ -106,11 +107,11 @@ class SuspendedProgram(Program):
                 depth -= 1
 
         with _intercepted(note), torch.no_grad():
-            self.model(**batch)
+            self.model(**copy.deepcopy(dict(batch)))  # a forward may write to its inputs
         return calls
 
     def bind(self, batch: Mapping[str, Any]) -> Bound:
-        forward = SuspendedForward(self.model, self._targets, batch)
+        forward = SuspendedForward(self.model, self._targets, copy.deepcopy(dict(batch)))
         with torch.no_grad():
             forward.advance()
         return Bound(0, {FORWARD: forward}, ())
@@ -155,16 +156,31 @@ class SuspendedProgram(Program):
         return values
 
 
-def _on_its_device(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Call `module` where its weights are, and bring the result to where its arguments are."""
-    leaves, structure = flatten((args, kwargs))
-    home = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
-    away = next((p.device for p in module.parameters()), home)
-    if home is None or away == home:
-        return call(*args, **kwargs)
-    moved_args, moved_kwargs = unflatten(structure, *(_to(leaf, away) for leaf in leaves))
-    results, structure = flatten(call(*moved_args, **moved_kwargs))
-    return unflatten(structure, *(_to(leaf, home) for leaf in results))
+@contextmanager
+def _on_its_device(module: nn.Module) -> Iterator[None]:
+    """Have `module` compute where its weights are, and its result brought to where its arguments are.
+
+    Its forward is replaced, not its call: hooks of the model itself see tensors where all its others are.
+    """
+    forward, own = module.forward, module.__dict__.get("forward")
+
+    def moving(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = flatten((args, kwargs))
+        home = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+        away = next((p.device for p in module.parameters()), home)
+        if home is None or away == home:
+            return forward(*args, **kwargs)
+        moved_args, moved_kwargs = unflatten(structure, *(_to(leaf, away) for leaf in leaves))
+        results, structure = flatten(forward(*moved_args, **moved_kwargs))
+        return unflatten(structure, *(_to(leaf, home) for leaf in results))
+
+    module.__dict__["forward"] = moving
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward")
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 def _to(leaf: Any, device: torch.device | None) -> Any:

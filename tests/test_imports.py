@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "planning": {"modifiers", "errors"},
     "intermediates": {"errors"},
     "weights": set(),
-    "finiteness": {"errors"},
+    "finiteness": {"math", "errors"},
     "programs": {"partitioning", "planning", "tracing"},
     "executor": {
         "finiteness",
@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "weights",
     },
     "checkpoint": {"errors", "loading", "report"},
-    "loading": {"errors"},
+    "loading": {"math", "errors"},
 }
 """Modules and packages of fxcalib -> what they may import of it. What is not listed composes these."""
 

@@ -27,8 +27,9 @@ def test_it_equals_sequential_bit_for_bit(suspended: bool, modifier: Any, propag
         pipeline="layer_sequential",
         suspended=suspended,
         propagate_error=propagate_error,
+        device="cpu",
     )
-    second = calibrate(traced, MIXED, modifier(), propagate_error=propagate_error)
+    second = calibrate(traced, MIXED, modifier(), propagate_error=propagate_error, device="cpu")
     same_state(chained, traced)
     assert first.passes == second.passes == (5 if propagate_error else 3)
     assert [s.targets for s in first.subgraphs] == [(f"model.layers.{k}",) for k in range(3)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_llama import tiny_llama
 from torch import nn
 
-from fxcalib import partition, trace
+from fxcalib import QuantizationModifier, calibrate, partition, trace
 from fxcalib.errors import OptionError
 from fxcalib.tracing import TraceError
 
@@ -144,3 +145,19 @@ def test_random_graphs_run_as_their_models(program: list[tuple[int, int, int]], 
             assert_identical(parts.run(made), expected)
     freed = [name for subgraph in parts for name in subgraph.frees]
     assert len(freed) == len(set(freed))
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    program=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=10),
+    seed=st.integers(0, 3),
+)
+def test_random_graphs_calibrate_as_their_own_forwards_in_step(program: list[tuple[int, int, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = RandomGlue([(0, 0, 0), *program])
+    twin = copy.deepcopy(model)
+    batches = [{"x": torch.randn(rows, 4), "y": torch.randn(rows, 4)} for rows in (3, 5)]
+    calibrate(model, copy.deepcopy(batches), QuantizationModifier(scheme="FP8"), targets="Linear", device="cpu")
+    options: dict[str, Any] = {"pipeline": "layer_sequential", "suspended": True, "targets": "Linear", "device": "cpu"}
+    calibrate(twin, copy.deepcopy(batches), QuantizationModifier(scheme="FP8"), **options)
+    assert_identical(dict(model.state_dict()), dict(twin.state_dict()))

@@ -95,7 +95,7 @@ def test_worst_modules_come_first_and_nan_is_the_worst() -> None:
 def test_versions() -> None:
     found = versions()
     assert list(found) == ["python", "fxcalib", "torch", "transformers", "compressed-tensors"]
-    assert found["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"])
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5.0 TiB")])

@@ -37,7 +37,8 @@ def tiny_llama(*, dtype: torch.dtype = torch.float32, seed: int = 0, **options: 
         "tie_word_embeddings": True,
         **options,
     }
-    return LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval().requires_grad_(False)
+    # as a checkpoint is loaded: `.to(dtype)` would convert the rotary frequencies as well
+    return LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=dtype).eval().requires_grad_(False)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -61,7 +62,7 @@ def save_tiny_llama(folder: Path, **options: object) -> LlamaForCausalLM:
 def round_to_nearest(
     model: nn.Module, preset: str, *, group_size: int | None = None, ignore: tuple[str, ...] = ("lm_head",)
 ) -> None:
-    """Leave the Linear layers of `model` as a calibration leaves them: weights on the grid, schemes frozen."""
+    """Leave the Linear layers of `model` as a calibration leaves them: weights on the grid, schemes attached."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in ignore:
             scheme = preset_name_to_scheme(preset, ["Linear"])
@@ -89,4 +90,4 @@ def round_module(module: nn.Linear, scheme: QuantizationScheme) -> None:
     # A new tensor: the weight may be tied to one that stays as it is.
     quantized = fake_quantize(weight, module.weight_scale, module.weight_zero_point, args)
     module.weight = nn.Parameter(quantized, requires_grad=False)
-    module.quantization_status = QuantizationStatus.FROZEN
+    module.quantization_status = QuantizationStatus.DECOMPRESSED  # the weight is on the grid already

@@ -171,9 +171,9 @@ def solve(
             torch.sub(originals[at], quantized[at], out=errors[at])
         missed = block_O.sub_(quantized_IO[start:end]).mul_(diagonal[start:end, None])
         loss_O += missed.square_().sum(0)
-    loss_O -= (error_IO.square_() * factor.damping_I[:, None]).sum(0)
-    solved = torch.empty_like(w_IO)
-    solved[factor.order_I] = quantized_IO
+    loss_O -= factor.damping_I @ error_IO.square_()
+    # The weight's own array takes the result: three arrays of its size are all that a solve holds.
+    solved = w_IO.index_copy_(0, factor.order_I, quantized_IO)
     zero_OG = None if zeros[0] is None else torch.stack([z for z in zeros if z is not None], 1)
     return Solution(solved.t(), torch.stack(scales, 1), zero_OG, loss_O.clamp_(min=0.0), energy_O)
 
@@ -218,6 +218,6 @@ def _search_group(
 
 def _quadratic_form(w_IO: Tensor, factor: Factor) -> Tensor:
     """W H W^T of each output channel, without the damping."""
-    mixed = (factor.lower_II.t() @ w_IO).mul_(factor.diagonal_I[:, None])
-    energy = mixed.square_().sum(0)
-    return (energy - (w_IO.square() * factor.damping_I[:, None]).sum(0)).clamp_(min=0.0)
+    mixed = torch.mm(factor.lower_II.t(), w_IO).square_()
+    energy = factor.diagonal_I.square() @ mixed
+    return (energy - factor.damping_I @ torch.square(w_IO, out=mixed)).clamp_(min=0.0)

@@ -26,6 +26,7 @@ from compressed_tensors.utils.match import match_targets
 from torch import nn
 
 from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError, nearest
+from fxcalib.math.finite import all_finite
 from fxcalib.modifiers.qargs import DEFAULT_WEIGHT_OBSERVER, observer_of
 
 QUANTIZABLE = (nn.Linear, nn.Embedding)
@@ -93,7 +94,7 @@ def resolve(
 ) -> dict[str, QuantizationScheme]:
     """Scheme of each module that is to be quantized, by qualified name in the order of the model.
 
-    `ignore`: names, classes or `re:` patterns to leave alone; None: the output head where the model has one. Where several
+    `ignore`: names, classes or `re:` patterns to leave alone; None: the output head, where there is one. Where several
     targets match a module, its exact name goes before patterns and those before classes, as compressed-tensors reads
     them back from a checkpoint.
 
@@ -156,11 +157,8 @@ def check_finite(name: str, module: nn.Module) -> None:
     """
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    # The sum is one pass without a temporary. Absurd finite weights may overflow it; the count then lets them pass.
-    if weight.is_meta or bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
-        return
-    bad = int((~torch.isfinite(weight.detach())).sum())
-    if bad:
+    if not weight.is_meta and not all_finite(weight.detach()):
+        bad = int((~torch.isfinite(weight.detach())).sum())
         raise NonFiniteWeightError(
             f"parameter '{name}.weight' holds {bad} NaN or infinite values of {weight.numel()}; "
             "load a sound checkpoint or ignore the module"

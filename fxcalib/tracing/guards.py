@@ -91,6 +91,7 @@ class ShapeGuards:
         assert isinstance(env.guards, SourcedGuards)
         self._guards = [(guard.expr, source) for guard, source in zip(env.guards, env.guards.sources, strict=True)]
         self._replace = env.replace
+        self._names = self._readable()
         self._accepted: dict[tuple[Any, ...], dict[sympy.Symbol, int]] = {}
         self._expected: dict[tuple[str, int, tuple[Any, ...]], list[Any]] = {}
 
@@ -98,11 +99,20 @@ class ShapeGuards:
         sizes: list[Any] = [s for v in self._inputs.values if isinstance(v, torch.Tensor) for s in v.shape]
         return [s.node._expr for s in sizes if isinstance(s, torch.SymInt) and s.node._expr.is_Symbol]
 
+    def _readable(self) -> dict[sympy.Symbol, sympy.Symbol]:
+        names: dict[sympy.Symbol, sympy.Symbol] = {}
+        for name, value in zip(self._inputs.names, self._inputs.values, strict=True):
+            for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if isinstance(size, torch.SymInt) and size.node._expr.is_Symbol:
+                    names.setdefault(size.node._expr, sympy.Symbol(f"{name}.shape[{dim}]"))
+        return names
+
     def listed(self) -> list[Guard]:
-        """All shape guards and baked constants, readable."""
-        found = [Guard("shape", str(expr), source) for expr, source in self._guards]
-        equal = [f"{s} == {r}" for s, r in self._replacements.items() if s != r]
-        found += [Guard("shape", text, "sizes unified while tracing") for text in equal]
+        """All shape guards and baked constants, in the sizes of the inputs."""
+        readable = self._names
+        found = [Guard("shape", str(expr.xreplace(readable)), source) for expr, source in self._guards]
+        equal = [(s.xreplace(readable), r.xreplace(readable)) for s, r in self._replacements.items() if s != r]
+        found += [Guard("shape", f"{s} == {r}", "sizes unified while tracing") for s, r in equal]
         for name, value in zip(self._inputs.names, self._inputs.values, strict=True):
             if not isinstance(value, torch.Tensor):
                 found.append(Guard("constant", f"{name} == {value!r}", "batch"))
@@ -146,11 +156,15 @@ class ShapeGuards:
         for symbol, replacement in self._replacements.items():
             value = replacement.xreplace(numbers)
             if value.is_number and int(value) != sizes[symbol]:
-                raise GuardError(f"the trace assumes {symbol} == {replacement}; the batch has {sizes[symbol]}")
+                raise GuardError(
+                    f"the trace assumes {symbol.xreplace(self._names)} == {replacement.xreplace(self._names)}; "
+                    f"the batch has {sizes[symbol]}"
+                )
         for expr, source in self._guards:
             held = expr.xreplace(numbers)
             if held == sympy.false or (getattr(held, "is_number", False) and not held):
-                raise GuardError(f"the trace assumes {expr}, made at {source}; the batch has {signature}")
+                assumed = expr.xreplace(self._names)
+                raise GuardError(f"the trace assumes {assumed}, made at {source}; the batch has {signature}")
         return sizes
 
     def simplify(self, size: torch.SymInt) -> sympy.Expr:

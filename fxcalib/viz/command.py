@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxcalib.api import DEFAULT_SAMPLES
+from fxcalib.arguments import DEFAULT_SAMPLES
 from fxcalib.errors import BatchError, DataError, OptionError
 from fxcalib.loading import load_skeleton
 from fxcalib.partitioning import partition
