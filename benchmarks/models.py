@@ -53,7 +53,7 @@ def expand(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.bfloat16)
     # A model loaded from GGUF counts as quantized, which cannot be saved: its weights move to one that never was.
     config = AutoConfig.from_pretrained(source, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.save_pretrained(folder)

@@ -89,7 +89,7 @@ def save_random(sizes: dict[str, Any], folder: Path) -> None:
     """Save a random bfloat16 Llama of these sizes."""
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, tie_word_embeddings=False, dtype="bfloat16", max_position_embeddings=4096)
-    model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model: Any = LlamaForCausalLM(config)
     model.bfloat16().save_pretrained(folder)
 
 

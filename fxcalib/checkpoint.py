@@ -185,6 +185,8 @@ def _write(model: nn.Module, folder: Path, processor: Any, source: Path | None) 
     if config is not None:
         transforms = getattr(model, "transform_config", None)
         ModelCompressor(quantization_config=config, transform_config=transforms).update_config(str(folder))
+        if any(_packs_zero_points(module) for module in model.modules() if is_module_quantized(module)):
+            _dequantize_on_load(folder / "config.json")
     if isinstance(model, PreTrainedModel) and _is_tie_broken(model):
         _untie(folder / "config.json")
     copied = _copy_from(source, folder) if source is not None else False
@@ -250,7 +252,7 @@ def _lenient_generation_config(model: PreTrainedModel, folder: Path) -> Iterator
     if not isinstance(original, GenerationConfig):
         yield
         return
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
@@ -263,8 +265,21 @@ def _is_tie_broken(model: PreTrainedModel) -> bool:
     """Whether input and output embeddings are declared tied, but one of them is quantized and so stored on its own."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return False
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return any(end is not None and is_module_quantized(end) for end in ends)
+
+
+def _packs_zero_points(module: nn.Module) -> bool:
+    weights = _scheme(module).weights
+    return _format(module) == CompressionFormat.pack_quantized and weights is not None and not weights.symmetric
+
+
+def _dequantize_on_load(config_path: Path) -> None:
+    # transformers 5.24 allocates zero points unpacked where it keeps weights compressed, and so refuses packed ones;
+    # it would dequantize in the first forward anyhow, and other readers do not know the key
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["quantization_config"]["dequantize"] = True
+    _write_json(config_path, config)
 
 
 def _untie(config_path: Path) -> None:

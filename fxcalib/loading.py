@@ -165,7 +165,7 @@ def refuse_non_finite(model: nn.Module) -> None:
 def progress_bars_disabled() -> Iterator[None]:
     """Keep the progress bars of transformers and compressed-tensors off the terminal; fxcalib draws its own."""
     enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     create = tqdm.__init__
 
     def create_disabled(self: Any, *args: Any, **options: Any) -> None:
@@ -179,7 +179,7 @@ def progress_bars_disabled() -> Iterator[None]:
     finally:
         tqdm.__init__ = create
         if enabled:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()
 
 
 def _device(device: str) -> torch.device:

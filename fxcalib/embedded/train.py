@@ -73,7 +73,7 @@ def train_tokenizer(texts: Sequence[str], recipe: Recipe) -> FastTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return FastTokenizer(  # type: ignore[no-untyped-call]
+    return FastTokenizer(
         tokenizer_object=tokenizer,
         bos_token=END,
         eos_token=END,
@@ -98,7 +98,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    return LlamaForCausalLM(config)
 
 
 def token_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -159,7 +159,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Pa
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / output.name
-        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,6 +64,16 @@ def fake_weights(model: nn.Module, mode: FakeTensorMode, device: torch.device) -
     finally:
         for group, key, tensor in replaced:
             group[key] = tensor
+        _forget_memoized_tensors()
+
+
+def _forget_memoized_tensors() -> None:
+    # compressed-tensors memoizes the range of each quantized type: one made while fakes were on is a fake for ever
+    for name, library in list(sys.modules.items()):
+        if name.startswith("compressed_tensors."):
+            for value in list(vars(library).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 @contextmanager
