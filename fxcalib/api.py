@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -17,13 +17,24 @@ from fxcalib.arguments import DatasetArguments
 from fxcalib.batch_checks import fingerprint_batches
 from fxcalib.checkpoint import prepare_output, save
 from fxcalib.data import batches, build, load_texts
-from fxcalib.errors import DataError, OptionError, nearest
+from fxcalib.errors import DataError, ModelError, OptionError, nearest
 from fxcalib.evaluation import evaluate as evaluate_model
-from fxcalib.loading import DTYPES, LoadedModel, load, load_skeleton, refuse_non_finite, refuse_quantized
+from fxcalib.loading import (
+    DTYPES,
+    LoadedModel,
+    load,
+    load_skeleton,
+    refuse_meta,
+    refuse_non_finite,
+    refuse_quantized,
+)
 from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
+from fxcalib.modifiers.schemes import unquantizable
+from fxcalib.patterns import names_of
 from fxcalib.pipelines import CalibrationPipeline
 from fxcalib.progress import Progress
-from fxcalib.report import Report, versions
+from fxcalib.report import Report, unquantized_note, versions
+from fxcalib.sources import check_source
 
 if TYPE_CHECKING:
     from fxcalib.prediction import DryRun
@@ -84,9 +95,14 @@ def calibrate(
         device=device,
         seed=seed,
     )
+    chosen = _listed(modifiers)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is {model!r}; calibrate takes an nn.Module, quantize also folders and hub ids")
+    refuse_meta(model)
+    refuse_non_finite(model)
     progress = progress or Progress()
     try:
-        return _calibrate(model, dataloader, _listed(modifiers), pipeline, arguments, progress)
+        return _calibrate(model, dataloader, chosen, pipeline, arguments, progress)
     finally:
         progress.close()
 
@@ -157,7 +173,7 @@ def quantize(
     started = time.perf_counter()
     clock = _Clock()
     arguments = DatasetArguments(
-        dataset=str(data) if isinstance(data, (str, Path)) else None,
+        dataset=data if isinstance(data, (str, Path)) else None,
         text_column=text_column,
         num_calibration_samples=samples,
         max_seq_length=seq_len,
@@ -173,7 +189,12 @@ def quantize(
     )
     try:
         chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
-        flow = CalibrationPipeline.from_modifiers(chosen, pipeline)  # options are refused before anything is loaded
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to warn of comes with the run, and into its report
+            flow = CalibrationPipeline.from_modifiers(chosen, pipeline)  # options are refused before a model is loaded
+        _refuse_kind(model)
+        if any(modifier.needs_data for modifier in chosen):
+            _refuse_data(data)
         source = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
         if output is not None:
             prepare_output(output, overwrite=overwrite, source=source)
@@ -191,7 +212,9 @@ def quantize(
             report,
             model=loaded.name,
             algorithm=report.algorithm if modifiers is not None else algorithm.lower(),
-            scheme=report.scheme if modifiers is not None else _scheme_label(scheme, group_size),
+            scheme=_scheme_label(scheme, group_size)
+            if modifiers is None and isinstance(scheme, str)
+            else report.scheme,
             data={**report.data, **described},
             perplexity_before=before,
             perplexity_after=after,
@@ -259,20 +282,20 @@ def plan(
 
     chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
     flow = CalibrationPipeline.from_modifiers(chosen, pipeline)
+    _refuse_kind(model)
     if flow.name == "independent":
         if len(chosen) > 1:
             raise OptionError("the independent pipeline runs one modifier after another; plan each of them by itself")
         flow = CalibrationPipeline.from_modifiers(chosen)
+    note = ""
     if flow.name == "layer_sequential":
-        raise OptionError(
-            "the layer_sequential pipeline traces nothing, so it cannot be planned without weights; "
-            "plan pipeline='sequential', which takes the same steps"
-        )
+        flow = CalibrationPipeline.from_modifiers(chosen, "sequential")
+        note = "layer_sequential traces nothing and needs weights: this is the plan of sequential, with the same steps"
     for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise OptionError(f"{name} is {value}; it must be at least 1")
     if dtype != "auto" and dtype not in DTYPES:
-        raise OptionError(f"unknown dtype {dtype!r}: {nearest(dtype, ['auto', *DTYPES])}")
+        raise OptionError(f"unknown dtype {dtype!r}: {nearest(str(dtype), ['auto', *DTYPES])}")
     if isinstance(model, nn.Module):
         refuse_quantized(model)
         skeleton, label = model, getattr(model, "name_or_path", "") or type(model).__name__
@@ -304,7 +327,7 @@ def plan(
         seq_len=arguments.seq_len(getattr(skeleton, "config", None)),
         padded=not pack,
     )
-    return predict(skeleton, label, flow, calibration, arguments, writes=writes)
+    return replace(predict(skeleton, label, flow, calibration, arguments, writes=writes), note=note)
 
 
 def _calibrate(
@@ -322,6 +345,7 @@ def _calibrate(
         flow = CalibrationPipeline.from_modifiers(modifiers, pipeline)
         outcome = flow(model, fingerprint if dataloader is not None else None, arguments, progress=progress)
     seconds = time.perf_counter() - started
+    note = unquantized_note(unquantizable(model), sum(p.numel() for p in model.parameters()))
     return Report(
         model=getattr(model, "name_or_path", "") or type(model).__name__,
         pipeline=flow.name,
@@ -342,15 +366,38 @@ def _calibrate(
         data=fingerprint.describe() if outcome.batches else {},
         versions=versions(),
         warnings=tuple(caught),
+        notes=() if note is None else (note,),
     )
 
 
 def _listed(modifiers: Modifier | Sequence[Modifier]) -> list[Modifier]:
-    return [modifiers] if isinstance(modifiers, Modifier) else list(modifiers)
+    several = isinstance(modifiers, Iterable) and not isinstance(modifiers, str)
+    listed: list[Any] = list(cast(Iterable[object], modifiers)) if several else [modifiers]
+    for each in listed:
+        if not isinstance(each, Modifier):
+            raise OptionError(
+                f"modifiers holds {each!r}, a {type(each).__name__}; "
+                "give modifiers, such as GPTQModifier(scheme='W4A16')"
+            )
+    return listed
 
 
 def _targets(targets: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    return (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
+    return None if targets is None else tuple(names_of(targets, "sequential target"))
+
+
+def _refuse_kind(model: object) -> None:
+    if model is not None and not isinstance(model, (str, Path, nn.Module)):
+        raise ModelError(f"model is {model!r}, a {type(model).__name__}; give a folder, a hub id or an nn.Module")
+
+
+def _refuse_data(data: object) -> None:
+    if isinstance(data, (str, Path)):
+        check_source(data)
+    elif data is not None and not isinstance(data, Iterable):
+        raise DataError(
+            f"data is {data!r}, a {type(data).__name__}; give a file, a dataset's id, or batches of tensors"
+        )
 
 
 def _modifiers(
@@ -362,6 +409,8 @@ def _modifiers(
 ) -> list[Modifier]:
     if given is not None:
         return _listed(given)
+    if not isinstance(algorithm, str):
+        raise OptionError(f"algorithm is {algorithm!r}; give one of {', '.join(ALGORITHMS)}")
     if algorithm.lower() not in ALGORITHMS:
         raise OptionError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
     return [ALGORITHMS[algorithm.lower()](scheme=scheme, group_size=group_size, ignore=ignore)]
@@ -374,6 +423,7 @@ def _scheme_label(scheme: str, group_size: int | None) -> str:
 def _load(model: str | Path | nn.Module | None, processor: Any, dtype: str, trust_remote_code: bool) -> LoadedModel:
     if isinstance(model, nn.Module):
         refuse_quantized(model)
+        refuse_meta(model)
         refuse_non_finite(model)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         return LoadedModel(model=model, processor=processor, source=Path(), name=name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -14,9 +16,9 @@ DEFAULT_SEQ_LEN = 1024
 
 @dataclass(frozen=True)
 class DatasetArguments:
-    """Which data calibrates a model and how a pipeline passes it through."""
+    """Which data calibrates a model and how a pipeline passes it through. None is the default of every field."""
 
-    dataset: str | None = None
+    dataset: str | Path | None = None
     """A text, jsonl, json, csv or parquet file, a folder of those, or a `datasets` id; None: text that is shipped."""
     text_column: str | None = None
     """None: `text`."""
@@ -44,6 +46,25 @@ class DatasetArguments:
     seed: int = 0
     """Of the choice of samples, and of random operations in the model."""
 
+    def __post_init__(self) -> None:
+        """Fill in defaults, and refuse what is no whole number where one is needed; OptionError."""
+        for field in fields(self):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, field.default)
+        for name in ("sequential_targets", "tracing_ignore"):
+            names: str | Iterable[str] | None = getattr(self, name)
+            if names is not None:
+                object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
+        for name, value in (
+            ("samples", self.num_calibration_samples),
+            ("seq_len", self.max_seq_length),
+            ("batch_size", self.batch_size),
+            ("targets_per_subgraph", self.sequential_targets_per_subgraph),
+            ("seed", self.seed),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise OptionError(f"{name} is {value!r}, a {type(value).__name__}; it must be a whole number")
+
     @property
     def samples(self) -> int:
         """How many samples to take at most."""
@@ -66,7 +87,9 @@ class DatasetArguments:
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise OptionError(f"device {self.device!r} cannot be used here: {reason}; try 'cpu'") from error
+        if device.type == "meta":
+            raise OptionError("device 'meta' computes no values; use 'cpu', or fxcalib.plan to see what a run would do")
         return device

@@ -1,7 +1,8 @@
 """A model as a chain of layers, without a trace: each layer's output is the next one's input.
 
-The first batch runs through the whole model once, to see whether that is so. All batches then run through it with every
-layer replaced by one that only notes its arguments, which costs no more than the glue.
+The first batch runs through the whole model once, to see whether that is so, and then through the chain, which must
+give the same. All batches then run through the model with every layer replaced by one that only notes its arguments,
+which costs no more than the glue.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcalib.contexts import Autocast, Contexts
 from fxcalib.errors import ModelError
 from fxcalib.planning import Part
 from fxcalib.programs import Bound, Program
 from fxcalib.tracing import Targets
-from fxcalib.tracing.structure import flatten, unflatten
+from fxcalib.tracing.structure import PLAIN, flatten, unflatten
 
 HIDDEN = "hidden_states"
+TOLERANCE = 0.01
+"""Relative difference up to which the chain is said to give what the model gives: kernels may add in any order."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,16 @@ class _Result:
         return unflatten(self.structure, *(hidden if i == self.place else x for i, x in enumerate(self.leaves)))
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What one layer was called with, and what it returned, in the model's own forward."""
+
+    structure: Any
+    leaves: tuple[Any, ...]
+    """As they were when the layer was called; None for what comes from the layer before."""
+    autocast: tuple[Autocast, ...]
+
+
 class ChainProgram(Program):
     """One subgraph for each layer.
 
@@ -69,12 +83,16 @@ class ChainProgram(Program):
         self._layers = [model.get_submodule(name) for name in targets.names]
         self._slot = -1
         self._results: list[_Result] = []
+        self._changing: set[int] = set()
+        """Layers that write to their arguments in place."""
         self._variants: list[tuple[_Call, ...]] = []
 
     def bind(self, batch: Mapping[str, Any]) -> Bound:
         if self._slot < 0:
             self._inspect(batch)
-        calls = self._stubbed(batch)
+        return self._described(self._stubbed(batch))
+
+    def _described(self, calls: Sequence[tuple[Any, list[Any]]]) -> Bound:
         names: dict[int, str] = {}
         values: dict[str, Any] = {}
         described = []
@@ -98,43 +116,104 @@ class ChainProgram(Program):
         return Bound(self._variants.index(variant), values, ())
 
     def _inspect(self, batch: Mapping[str, Any]) -> None:
-        """Run the model once and hold every layer's input against the output of the layer before."""
-        seen: list[str] = []
-        previous: Any = None
+        """Hold the chain against the model: who feeds whom, what the layers are given, and what comes out."""
+        outside = Contexts.current().autocast
+        seen, last = self._watched(batch)
+        try:
+            calls = self._stubbed(batch)
+            for name, real, (structure, leaves) in zip(self._names, seen, calls, strict=True):
+                if real.autocast != outside:
+                    modes = ", ".join(str(mode) for mode in real.autocast if mode not in outside)
+                    raise self._no_chain(f"{name} is called under torch.autocast ({modes}), which a chain would leave")
+                if real.structure != structure or not all(map(_same, real.leaves, leaves)):
+                    raise self._no_chain(f"an argument of {name} besides its input depends on other layers")
+            bound = self._described(calls)
+            values = copy.deepcopy(dict(bound.values))
+            for k, name in enumerate(self._names):
+                try:
+                    with torch.no_grad():
+                        values |= self.run(bound.variant, k, values, (), (HIDDEN,))
+                except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise self._no_chain(f"{name} fails outside of the model's own forward ({reason})") from error
+            if not _close(values[HIDDEN], last):
+                raise self._no_chain("its layers give another result one by one than in the model's own forward")
+        except ModelError:
+            self._slot = -1
+            raise
+
+    def _watched(self, batch: Mapping[str, Any]) -> tuple[list[_Seen], torch.Tensor]:
+        """Run the model once; returns what its layers were given, and what the last one returned."""
+        names: list[str] = []
+        seen: list[_Seen] = []
         slots: set[int] = set()
+        results: list[_Result] = []
+        previous: torch.Tensor | None = None
+        before: torch.Tensor | None = None
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(leaf: Any) -> Any:
+            # masks and rotary tables are the same tensors in every layer: one copy serves all, and holds their identity
+            if not isinstance(leaf, torch.Tensor):
+                return None
+            if id(leaf) not in kept or not _same(kept[id(leaf)][1], leaf):
+                kept[id(leaf)] = leaf, leaf.clone()
+            return kept[id(leaf)][1]
 
         def look(k: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-            nonlocal previous
-            seen.append(self._names[k])
-            leaves = flatten((args, kwargs))[0]
+            nonlocal previous, before
+            names.append(self._names[k])
+            leaves, structure = flatten((args, kwargs))
+            slot = -1
             if previous is not None:
                 found = [i for i, leaf in enumerate(leaves) if leaf is previous]
-                if not found:
-                    raise self._no_chain(f"the output of {seen[-2]} is not the input of {seen[-1]}")
-                slots.add(found[0])
+                if not found or not _same(before, previous):
+                    raise self._no_chain(f"the output of {names[-2]} is not the input of {names[-1]}")
+                slot = found[0]
+                slots.add(slot)
+            given = tuple(None if i == slot else keep(leaf) for i, leaf in enumerate(leaves))
+            entering = None if slot < 0 else leaves[slot].clone()
+            seen.append(_Seen(structure, given, Contexts.current().autocast))
             result = type(layer).forward(layer, *args, **kwargs)
-            outputs, structure = flatten(result)
+            if not all(map(_same, given, leaves)) or (entering is not None and not _same(entering, leaves[slot])):
+                self._changing.add(k)
+            outputs, form = flatten(result)
             tensors = [i for i, leaf in enumerate(outputs) if isinstance(leaf, torch.Tensor)]
             if len(tensors) != 1:
                 raise self._no_chain(f"{self._names[k]} returns {len(tensors)} tensors instead of one")
             previous = outputs[tensors[0]]
-            kept = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in outputs]
-            self._results.append(_Result(structure, tuple(kept), tensors[0]))
+            before = previous.clone()
+            others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in outputs]
+            results.append(_Result(form, tuple(others), tensors[0]))
             return result
 
         with _replaced(self._layers, look), torch.no_grad():
             self.model(**copy.deepcopy(dict(batch)))  # a forward may write to its inputs
-        if seen != list(self._names):
-            raise self._no_chain(f"its layers are called as {', '.join(seen) or 'none'}")
+        if names != list(self._names) or before is None:
+            raise self._no_chain(f"its layers are called as {', '.join(names) or 'none'}")
         if len(slots) > 1:
             raise self._no_chain("the layers take their input in different places")
         self._slot = slots.pop() if slots else 0
+        self._results = results
+        return seen, before
 
     def _stubbed(self, batch: Mapping[str, Any]) -> list[tuple[Any, list[Any]]]:
         calls: list[tuple[Any, list[Any]]] = []
+        hidden: Any = None
+        before: Any = None
 
         def note(k: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+            if k != len(calls):
+                raise self._other_way(f"calls {self._names[k]} where the first one calls {self._names[len(calls)]}")
+            nonlocal hidden, before
             leaves, structure = flatten((args, kwargs))
+            if self._slot >= len(leaves) or not isinstance(leaves[self._slot], torch.Tensor):
+                raise self._other_way(f"calls {self._names[k]} with other arguments than the first one")
+            if k == 0:
+                hidden = leaves[self._slot]
+                before = hidden.clone()
+            elif leaves[self._slot] is not hidden or not _same(before, hidden):
+                raise self._other_way(f"changes the output of {self._names[k - 1]} before it calls {self._names[k]}")
             calls.append((structure, leaves))
             if k == len(self._layers) - 1:
                 raise _Enough
@@ -142,7 +221,15 @@ class ChainProgram(Program):
 
         with _replaced(self._layers, note), torch.no_grad(), suppress(_Enough):
             self.model(**copy.deepcopy(dict(batch)))
+        if len(calls) < len(self._layers):
+            raise self._other_way(f"ends before it calls {self._names[len(calls)]}, which the first one calls")
         return calls
+
+    def _other_way(self, what: str) -> ModelError:
+        return ModelError(
+            f"the layer_sequential pipeline cannot run {type(self.model).__name__} on all of this data: a batch "
+            f"{what}. Calibrate on batches that take one way through the layers, or use pipeline='basic'"
+        )
 
     def _no_chain(self, reason: str) -> ModelError:
         return ModelError(
@@ -159,6 +246,7 @@ class ChainProgram(Program):
                 frozenset(f"{name}.{inner}" if inner else name for inner, _ in layer.named_modules()),
                 calls[k].reads if calls else (),
                 (HIDDEN,) if k < last else (),
+                calls[k].reads if calls and k in self._changing else (),
             )
             for k, (name, layer) in enumerate(zip(self._names, self._layers, strict=True))
         ]
@@ -182,9 +270,37 @@ class ChainProgram(Program):
         wanted: Collection[str],
     ) -> Mapping[str, Any]:
         call = self._variants[variant][subgraph]
-        leaves = [values[leaf.name] if isinstance(leaf, _Reference) else leaf for leaf in call.leaves]
+        leaves = [values[leaf.name] if isinstance(leaf, _Reference) else self._own(leaf) for leaf in call.leaves]
         args, kwargs = unflatten(call.structure, *leaves)
         return {HIDDEN: flatten(self._layers[subgraph](*args, **kwargs))[0][self._results[subgraph].place]}
+
+    def _own(self, leaf: Any) -> Any:
+        """A copy of an object such as a key-value cache, which a layer fills and which runs more than once."""
+        if isinstance(leaf, PLAIN):
+            return leaf
+        # modules of the model are passed on as they are
+        memo: dict[int, Any] = {id(module): module for module in self.model.modules()}
+        return copy.deepcopy(leaf, memo)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two tensors hold the same values, NaN like NaN. What is kept as None is not compared."""
+    if first is None:
+        return True
+    if not isinstance(second, torch.Tensor) or (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
+def _close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two results differ by no more than rounding; what is not finite in either is left out."""
+    if _same(first, second):
+        return True
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    both = first.isfinite() & second.isfinite()
+    a, b = (tensor[both].double() for tensor in (first, second))
+    return bool((a - b).norm() <= TOLERANCE * b.norm())
 
 
 class _Enough(Exception):

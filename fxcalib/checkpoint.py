@@ -31,6 +31,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fxcalib.errors import OutputError
+from fxcalib.experts import has_unquantized_experts, leave_experts
 from fxcalib.loading import PROCESSOR_FILES, progress_bars_disabled
 from fxcalib.report import Report
 
@@ -170,6 +171,8 @@ def quantization_config(model: nn.Module) -> QuantizationConfig | None:
         for group, scheme in config.config_groups.items():
             assert isinstance(scheme, QuantizationScheme)
             scheme.targets = names[group]
+    if has_unquantized_experts(model):
+        leave_experts(config)
     return config
 
 

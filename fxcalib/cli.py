@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxcalib.errors import FxcalibError
+from fxcalib.errors import FxcalibError, OptionError
 
 if TYPE_CHECKING:
     from fxcalib.display import RichProgress
@@ -52,6 +53,19 @@ Data = Annotated[
         rich_help_panel="Data",
     ),
 ]
+TargetsPerSubgraph = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="Sequential targets in each subgraph.", rich_help_panel="How it runs"),
+]
+PropagateError = Annotated[
+    bool,
+    typer.Option(
+        "--propagate-error/--no-propagate-error",
+        help="Calibrate each subgraph on what the compressed ones before it output, or all on the original model's "
+        "values, in one pass each.",
+        rich_help_panel="How it runs",
+    ),
+]
 TextColumn = Annotated[
     str | None,
     typer.Option(metavar="C", help="Column that holds the text. Default: text.", rich_help_panel="Data"),
@@ -62,6 +76,15 @@ SequenceLength = Annotated[
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a batch.", rich_help_panel="Data")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Chooses the samples.", rich_help_panel="Data")]
+Suspended = Annotated[
+    bool,
+    typer.Option(
+        "--suspended",
+        help="With --pipeline layer_sequential: let the model's own forwards wait at each layer, instead of calling "
+        "the layers in a chain. For models whose layers form no chain.",
+        rich_help_panel="How it runs",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(metavar="D", help="cpu, cuda, cuda:1, ...", rich_help_panel="How it runs"),
@@ -88,7 +111,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of erro
 
 def main() -> None:
     """Entry point of `fxcalib` and `python -m fxcalib`."""
-    app(args=gathered(sys.argv[1:]))
+    try:
+        arguments = gathered(sys.argv[1:])
+    except OptionError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(BAD_INPUT) from None
+    app(args=arguments)
 
 
 _MANY = ("--ignore", "--targets")
@@ -97,19 +125,28 @@ _MANY = ("--ignore", "--targets")
 def gathered(arguments: list[str]) -> list[str]:
     """`arguments` in which an option of `_MANY` that is followed by several names is repeated for each of them.
 
-    That is so behind MODEL, given first; before it, one word is the name and the next may be MODEL.
+    That is so behind MODEL, given first; before it, one word is the name, and the next is MODEL if it is a folder or
+    has a slash, which no name of a module has.
+
+    Raises:
+        OptionError: a second word before MODEL that may be a name or MODEL.
     """
     rewritten: list[str] = []
     option, taken, positionals = "", 0, 0
     for argument in arguments:
         if argument.startswith("-"):
-            option, taken = argument, 0
+            option, taken = "" if "=" in argument else argument, 0
         elif option in _MANY and taken and positionals > 1:
             rewritten.append(option)
+        elif option in _MANY and taken and not ("/" in argument or Path(argument).is_dir()):
+            raise OptionError(
+                f"{argument!r} behind {option} may be another name or MODEL, as MODEL does not come first; write "
+                f"fxcalib {arguments[0]} MODEL {option} NAME NAME, or separate the names by commas"
+            )
         elif option and not taken:
             taken = 1
         else:
-            positionals += 1
+            option, positionals = "", positionals + 1
         rewritten.append(argument)
     return rewritten
 
@@ -202,12 +239,16 @@ def quantize(
         typer.Option(
             metavar="P",
             help="[cyan]sequential[/cyan] calibrates one subgraph after the other, each on what the compressed ones "
-            "before it really output; [cyan]basic[/cyan] runs the whole model at once; [cyan]datafree[/cyan] runs "
-            "nothing; [cyan]independent[/cyan]: each step its own. Default: what the algorithm needs.",
+            "before it really output; [cyan]layer_sequential[/cyan] does so without a trace of the model; "
+            "[cyan]basic[/cyan] runs the whole model at once; [cyan]datafree[/cyan] runs nothing; "
+            "[cyan]independent[/cyan]: each step its own. Default: what the algorithm needs.",
             rich_help_panel="How it runs",
         ),
     ] = None,
     targets: Targets = None,
+    targets_per_subgraph: TargetsPerSubgraph = 1,
+    propagate_error: PropagateError = True,
+    suspended: Suspended = False,
     offload: Annotated[
         str,
         typer.Option(metavar="cpu|none", help="Where activations wait between passes.", rich_help_panel="How it runs"),
@@ -251,6 +292,9 @@ def quantize(
         "batch_size": batch_size,
         "pack": pack,
         "pipeline": pipeline,
+        "targets_per_subgraph": targets_per_subgraph,
+        "propagate_error": propagate_error,
+        "suspended": suspended,
         "offload": offload,
         "device": device,
         "dtype": dtype,
@@ -280,7 +324,7 @@ def quantize(
         Console().print(table)
         typer.echo(f"The checkpoint is in {report.output}")
     else:
-        typer.echo(str(report))
+        typer.echo(str(dataclasses.replace(report, warnings=())))  # they were printed when they arose
 
 
 @app.command(
@@ -360,10 +404,7 @@ def graph(
         ),
     ] = None,
     targets: Targets = None,
-    targets_per_subgraph: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Sequential targets in each subgraph.", rich_help_panel="How it runs"),
-    ] = 1,
+    targets_per_subgraph: TargetsPerSubgraph = 1,
     batch: Annotated[
         Path | None,
         typer.Option(
@@ -438,9 +479,16 @@ def plan_command(
     seed: Seed = 0,
     pipeline: Annotated[
         str | None,
-        typer.Option(metavar="P", help="sequential, basic, datafree, independent.", rich_help_panel="How it runs"),
+        typer.Option(
+            metavar="P",
+            help="sequential, layer_sequential, basic, datafree or independent, as quantize takes it.",
+            rich_help_panel="How it runs",
+        ),
     ] = None,
     targets: Targets = None,
+    targets_per_subgraph: TargetsPerSubgraph = 1,
+    propagate_error: PropagateError = True,
+    suspended: Suspended = False,
     offload: Annotated[
         str,
         typer.Option(metavar="cpu|none", help="Where activations wait between passes.", rich_help_panel="How it runs"),
@@ -481,6 +529,9 @@ def plan_command(
         "batch_size": batch_size,
         "pack": pack,
         "pipeline": pipeline,
+        "targets_per_subgraph": targets_per_subgraph,
+        "propagate_error": propagate_error,
+        "suspended": suspended,
         "targets": _names(targets),
         "offload": offload,
         "device": device,
@@ -522,8 +573,14 @@ def _reported(*, debug: bool, quiet: bool, as_json: bool) -> Iterator[RichProgre
     progress = RichProgress(quiet=quiet)
     # with --json, nothing that a library prints may come before the one line
     stdout = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+    def warn(message: Warning | str, *where: Any, **more: Any) -> None:
+        if not quiet:
+            stderr_console().print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+
     try:
-        with stdout:
+        with stdout, warnings.catch_warnings():
+            warnings.showwarning = warn
             yield progress
     except KeyboardInterrupt:
         progress.close()

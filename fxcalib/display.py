@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -88,6 +89,8 @@ class RichProgress(Progress):
         self.pace = Pace()
         self._quiet = quiet
         self._recent: deque[ModuleResult] = deque(maxlen=SHOWN_MODULES)
+        self._worst: ModuleResult | None = None
+        """Of the subgraph that is running: the module with the largest error so far."""
         self._live: Live | None = None
         self._next_line = 0.0
 
@@ -130,8 +133,20 @@ class RichProgress(Progress):
 
     def module(self, result: ModuleResult) -> None:
         self._recent.append(result)
+        if result.error is not None and (self._worst is None or _error(result) > _error(self._worst)):
+            self._worst = result
         if result.notes:
             self._line(f"{result.name}: {'; '.join(result.notes)}")
+
+    def subgraph(self, subgraph: int, seconds: float) -> None:
+        worst, self._worst = self._worst, None
+        remaining = self.pace.remaining_seconds(time.monotonic())
+        parts = [f"subgraph {subgraph + 1} of {self.pace.subgraphs} done in {format_seconds(seconds)}"]
+        if worst is not None:
+            parts.append(f"largest error {_error(worst):.2e} of {worst.measure} in {worst.name}")
+        if remaining is not None:
+            parts.append(f"{format_seconds(remaining)} left")
+        self._line(", ".join(parts))
 
     def close(self) -> None:
         if self._live is not None:
@@ -169,6 +184,11 @@ class RichProgress(Progress):
                 )
             parts.append(table)
         return Group(*parts)
+
+
+def _error(result: ModuleResult) -> float:
+    """For comparison: NaN is the largest."""
+    return math.inf if result.error is None or math.isnan(result.error) else result.error
 
 
 def stderr_console() -> Console:

@@ -46,10 +46,10 @@ class Batches:
     def __len__(self) -> int:
         return len(self.facts)
 
-    def add(self, batches: Iterable[Mapping[str, Any]], check: Callable[[Mapping[str, Any], int], None]) -> None:
-        """Take in `batches`; `check(batch, index)` raises for a batch that the model cannot take."""
-        for index, batch in enumerate(batches):
-            check(batch, index)
+    def add(self, given: Iterable[object], prepare: Callable[[object, int], Mapping[str, Any]]) -> None:
+        """Take in batches; `prepare(batch, index)` raises for one that the model cannot take, or says what it takes."""
+        for index, each in enumerate(given):
+            batch = prepare(each, index)
             bound = self._program.bind(batch)
             if bound.variant not in self.shared:
                 parts = self._program.parts(bound.variant)
@@ -113,11 +113,15 @@ class _Run:
         self._progress.plan(self._main.subgraphs, self._main.passes, len(self._batches))
         seconds: dict[tuple[int, str], float] = defaultdict(float)
         residency = Residency(self._program.model, self._device)
+        last = {step.subgraph: index for index, step in enumerate(self._main.steps)}
         try:
             for index, step in enumerate(self._main.steps):
                 started = time.perf_counter()
                 self._step(index, step, residency)
                 seconds[step.subgraph, step.kind] += time.perf_counter() - started
+                if last[step.subgraph] == index:
+                    spent = sum(each for (subgraph, _), each in seconds.items() if subgraph == step.subgraph)
+                    self._progress.subgraph(step.subgraph, spent)
         finally:
             residency.unload_all()
         reports = (

@@ -18,14 +18,22 @@ def storage_device(offload: str, device: torch.device) -> torch.device:
     """Where intermediates lie between batches: `cpu`, `none` (they stay on the device that computes) or a device.
 
     Raises:
-        OptionError: `offload` is none of these.
+        OptionError: `offload` is none of these, or a device that is not here.
     """
     if offload == "none":
         return device
     try:
-        return torch.device(offload)
-    except RuntimeError:
+        storage = torch.device(offload)
+    except (RuntimeError, TypeError):
         raise OptionError(f"offload {offload!r} is neither 'cpu', 'none' nor a device such as 'cuda:1'") from None
+    if storage.type == "meta":
+        raise OptionError("offload 'meta' keeps no values, and intermediates are read again; use 'cpu' or 'none'")
+    try:
+        torch.empty(0, device=storage)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"offload {offload!r} cannot be used here: {reason}; use 'cpu' or 'none'") from error
+    return storage
 
 
 class Intermediates:

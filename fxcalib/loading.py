@@ -93,7 +93,7 @@ def load(
     """
     target_device = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
-        raise OptionError(f"unknown dtype {dtype!r}: {nearest(dtype, ['auto', *DTYPES])}")
+        raise OptionError(f"unknown dtype {dtype!r}: {nearest(str(dtype), ['auto', *DTYPES])}")
     location, name = _locate(model)
     with progress_bars_disabled(), _without_hopeless_retries(location):
         config = _config(location, trust_remote_code)
@@ -142,6 +142,16 @@ def refuse_quantized(model: nn.Module) -> None:
             raise AlreadyQuantizedError(
                 f"model {name!r} is already quantized: module {path!r} has a quantization scheme; "
                 "start from the original weights"
+            )
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raise ModelError where a parameter or buffer of `model` has no values, as it lies on the meta device."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            raise ModelError(
+                f"{name!r} of {type(model).__name__} lies on the meta device and has no values; load the weights "
+                "first, or use fxcalib.plan, which needs none"
             )
 
 

@@ -11,12 +11,12 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from torch import nn
 
 from fxcalib.arguments import DatasetArguments
 from fxcalib.batch_checks import check_batch
+from fxcalib.caches import without_cache
 from fxcalib.chains import ChainProgram
 from fxcalib.errors import DataError, OptionError, nearest
 from fxcalib.executor import Batches, execute
@@ -68,14 +69,19 @@ class CalibrationPipeline(ABC):
     uses_data: ClassVar[bool] = True
     _registry: ClassVar[dict[str, type[CalibrationPipeline]]] = {}
 
-    def __init__(self, modifiers: Sequence[Modifier]) -> None:
-        self.modifiers = tuple(modifiers)
-        if not self.modifiers:
-            raise OptionError("a pipeline needs at least one modifier")
+    def __init__(self, modifiers: Modifier | Sequence[Modifier]) -> None:
+        self.modifiers = _listed(modifiers)
+        needing = _needing(self.modifiers)
+        if not self.uses_data and needing:
+            raise OptionError(
+                f"the {self.name} pipeline shows no data to the model, but {' and '.join(needing)} "
+                "needs it; use pipeline='sequential'"
+            )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        CalibrationPipeline._registry[cls.name] = cls
+        if "name" in cls.__dict__:  # a variation without a name of its own does not take its parent's place
+            CalibrationPipeline._registry[cls.name] = cls
 
     @classmethod
     def named(cls, name: str) -> type[CalibrationPipeline]:
@@ -84,6 +90,8 @@ class CalibrationPipeline(ABC):
         Raises:
             OptionError: there is none; the message offers the nearest names.
         """
+        if not isinstance(name, str):
+            raise OptionError(f"pipeline is {name!r}; give one of {', '.join(sorted(cls._registry))}, or None")
         plain = {key.replace("_", ""): found for key, found in cls._registry.items()}
         wanted = name.lower().replace("-", "").replace("_", "")
         if wanted not in plain:
@@ -91,29 +99,25 @@ class CalibrationPipeline(ABC):
         return plain[wanted]
 
     @classmethod
-    def from_modifiers(cls, modifiers: Sequence[Modifier], user: str | None = None) -> CalibrationPipeline:
-        """The pipeline that `modifiers` call for: data-free where none needs data, else sequential.
+    def from_modifiers(cls, modifiers: Modifier | Sequence[Modifier], user: str | None = None) -> CalibrationPipeline:
+        """The pipeline that one modifier or several call for: data-free where none needs data, else sequential.
 
         A user's choice wins: with a warning where it is worse, with an error where it cannot work.
 
         Raises:
             OptionError: `user` is unknown, or data-free with modifiers that need data.
         """
-        needing = [type(m).__name__ for m in modifiers if m.needs_data]
+        listed = _listed(modifiers)
+        needing = _needing(listed)
         inferred = "sequential" if needing else "datafree"
-        chosen = cls.named(user or inferred)
-        if not chosen.uses_data and needing:
-            raise OptionError(
-                f"the {chosen.name} pipeline shows no data to the model, but {' and '.join(needing)} "
-                f"needs it; use pipeline={inferred!r}"
-            )
-        if chosen.name == "basic" and inferred == "sequential":
+        chosen = cls.named(inferred if user is None or user == "" else user)
+        if chosen.name == "basic" and needing:
             warnings.warn(
                 f"the basic pipeline calibrates every layer on the outputs of the original model; "
                 f"pipeline={inferred!r} calibrates on those of the compressed one and gives a better result",
                 stacklevel=2,
             )
-        return chosen(modifiers)
+        return chosen(listed)
 
     def _targets(self, model: nn.Module, arguments: DatasetArguments) -> tuple[list[str], list[str]]:
         targets, ignore = get_targets_from_modifiers(self.modifiers, model)
@@ -163,13 +167,12 @@ class CalibrationPipeline(ABC):
         store = Intermediates(device, storage_device(arguments.sequential_offload_device, device))
         if any(need.observed for need in needs):
             first, rest = _first_of(dataloader)
-            batches = (_without_cache(model, batch) for batch in chain([first], rest))
-            checked = _without_cache(model, first)
-            check_batch(model, checked, 0)
+            prepare = partial(_prepared, model)
+            checked = prepare(first, 0)
             progress.phase("trace")
             program = self.program(model, checked, arguments)
             taken = Batches(program, store)
-            taken.add(batches, lambda batch, index: check_batch(model, batch, index))
+            taken.add(chain([first], rest), prepare)
         else:
             program = WholeProgram(model)
             taken = Batches(program, store)
@@ -275,6 +278,17 @@ class IndependentPipeline(CalibrationPipeline):
         )
 
 
+def _listed(modifiers: Modifier | Sequence[Modifier]) -> tuple[Modifier, ...]:
+    listed = (modifiers,) if isinstance(modifiers, Modifier) else tuple(modifiers)
+    if not listed:
+        raise OptionError("a pipeline needs at least one modifier")
+    return listed
+
+
+def _needing(modifiers: Sequence[Modifier]) -> list[str]:
+    return [type(modifier).__name__ for modifier in modifiers if modifier.needs_data]
+
+
 def get_targets_from_modifiers(modifiers: Sequence[Modifier], model: nn.Module) -> tuple[list[str], list[str]]:
     """Sequential targets, and modules to keep whole in the trace, that `modifiers` ask for.
 
@@ -312,12 +326,11 @@ def _first_of(dataloader: Dataloader | None) -> tuple[Mapping[str, Any], Iterato
         raise DataError("the dataloader yields no batch; pass at least one") from None
 
 
-def _without_cache(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Calibration needs no key-value cache: models that take `use_cache` are told so unless the batch does."""
-    takes = "use_cache" in inspect.signature(model.forward).parameters
-    if not isinstance(batch, Mapping) or not takes or "use_cache" in batch:
-        return batch
-    return {**batch, "use_cache": False}
+def _prepared(model: nn.Module, batch: object, index: int) -> Mapping[str, Any]:
+    """`batch` as `model` is called with it. It is checked as the caller made it, so that messages name no other key."""
+    check_batch(model, batch, index)
+    assert isinstance(batch, Mapping)
+    return without_cache(model, batch)
 
 
 @contextmanager

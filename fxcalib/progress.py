@@ -26,5 +26,8 @@ class Progress:
     def module(self, result: ModuleResult) -> None:
         """One module was compressed."""
 
+    def subgraph(self, subgraph: int, seconds: float) -> None:
+        """Nothing more is to be done with subgraph number `subgraph`; all steps on it took `seconds`."""
+
     def close(self) -> None:
         """Nothing more will come, after success or failure; may be called twice."""

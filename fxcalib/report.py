@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("fxcalib", "torch", "transformers", "compressed-tensors")
 WORST_MODULES = 8
+NOTED_PART = 0.01
+"""Of all parameters: convolution kernels and the like are less, and nobody expects them to be quantized."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Report:
     """What identifies the calibration data: `source`, `fingerprint`, ..."""
     versions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is worth to know about the result, such as a part of the weights that cannot be quantized."""
     output: str | None = None
     """Folder of the checkpoint; None where nothing was saved."""
     perplexity_before: float | None = None
@@ -83,7 +87,8 @@ class Report:
             ModuleResult(**{**item, "error": _number(item["error"]), "notes": tuple(item["notes"])})
             for item in data["modules"]
         )
-        values["warnings"] = tuple(data.get("warnings", ()))
+        for key in ("warnings", "notes"):
+            values[key] = tuple(data.get(key, ()))
         for key in ("perplexity_before", "perplexity_after"):
             values[key] = _number(data.get(key))
         return cls(**values)
@@ -125,10 +130,23 @@ class Report:
             lines += ["    " + row for row in _table(worst)]
         noted = [m for m in self.modules if m.notes]
         lines += [f"  note: {m.name}: {'; '.join(m.notes)}" for m in noted]
+        lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         if self.output is not None:
             lines.append(f"  saved to {self.output}")
         return "\n".join(lines)
+
+
+def unquantized_note(parameters: Mapping[str, int], total: int) -> str | None:
+    """That parameters, given by class of module, of `total` in the model cannot be quantized; None for a small part."""
+    count = sum(parameters.values())
+    if count < NOTED_PART * total or not count:
+        return None
+    classes = ", ".join(list(parameters)[:4])
+    return (
+        f"{count:,} of {total:,} parameters ({count / total:.0%}) stay as they are: they are in {classes}, "
+        "and only Linear and Embedding modules can be quantized"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,8 @@ from fxcalib.errors import DataError, nearest
 
 BUILTIN = "builtin"
 DEFAULT_COLUMN = "text"
+ENCODING = "utf-8-sig"
+"""UTF-8, with or without the byte order mark that some editors put first."""
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:]+))??(:(?P<split>[^:\[]+(\[[^\]]*\])?))?")
@@ -57,54 +59,79 @@ def load_texts(
 
         return Texts(tuple(documentation(builtin)), f"builtin text ({builtin})")
     path = Path(source).expanduser()
-    if path.is_dir():
-        documents, name = _folder(path, column), path.resolve().name
-    elif path.is_file():
-        documents, name = _file(path, column), path.name
-    else:
-        match = None if isinstance(source, Path) or path.suffix in FILE_TYPES else _HUB_ID.fullmatch(source)
-        if match is None:
-            raise DataError(f"data file {str(source)!r} does not exist; {_similar(path)}")
+    match = check_source(source)
+    if match is not None:
         documents, name = _hub(match["name"], match["config"], match["split"], column), str(source)
+    elif path.is_dir():
+        documents, name = _folder(path, column), path.resolve().name
+    else:
+        documents, name = _file(path, column), path.name
     if not any(document.strip() for document in documents):
         raise DataError(f"data {name!r} is empty: no row of it holds text; choose another source or column")
     return Texts(documents, name)
 
 
+def check_source(source: str | Path) -> re.Match[str] | None:
+    """The parts `name`, `config` and `split` of a dataset's id; None for what is here. Nothing is read or fetched.
+
+    Raises DataError for a file that does not exist: every `Path`, and a name that ends as a data file's or is no id.
+    """
+    path = Path(source).expanduser()
+    if str(source) == BUILTIN or path.exists():
+        return None
+    match = None if isinstance(source, Path) or _kind(path) in FILE_TYPES else _HUB_ID.fullmatch(source)
+    if match is None:
+        raise DataError(f"data file {str(source)!r} does not exist; {_similar(path)}")
+    return match
+
+
 def _folder(folder: Path, column: str) -> tuple[str, ...]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in FILE_TYPES and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if _kind(file) in FILE_TYPES and file.is_file())
     if not files:
-        raise DataError(f"data folder {str(folder)!r} holds no file of the types {', '.join(FILE_TYPES)}")
+        raise DataError(
+            f"data folder {str(folder)!r} holds no file of the types {', '.join(FILE_TYPES)}; give another folder"
+        )
     return tuple(document for file in files for document in _file(file, column))
 
 
+def _kind(path: Path) -> str:
+    """Ending of a file's name, in lower case."""
+    return path.suffix.lower()
+
+
 def _file(path: Path, column: str) -> tuple[str, ...]:
-    if path.suffix not in FILE_TYPES:
+    if _kind(path) not in FILE_TYPES:
         raise DataError(f"data file {str(path)!r} has an unknown type; it must be one of {', '.join(FILE_TYPES)}")
     name = repr(str(path))
     try:
-        if path.suffix == ".txt":
-            return (path.read_text(encoding="utf-8"),)
-        if path.suffix == ".parquet":
+        if _kind(path) == ".txt":
+            return (path.read_text(encoding=ENCODING),)
+        if _kind(path) == ".parquet":
             return _parquet(path, column)
         return tuple(_column(_rows(path), column, name))
     except UnicodeDecodeError as error:
-        raise DataError(f"data file {name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise DataError(
+            f"data file {name} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8, "
+            "as `iconv -f ENCODING -t UTF-8` does"
+        ) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"data file {name} is not valid {path.suffix[1:]}: {error.msg}, line {error.lineno}") from error
+        raise DataError(
+            f"data file {name} is not valid {_kind(path)[1:]}: {error.msg}, line {error.lineno}; "
+            "mend or remove that line"
+        ) from error
     except (OSError, csv.Error) as error:
-        raise DataError(f"data file {name} cannot be read: {error}") from error
+        raise DataError(f"data file {name} cannot be read: {error}; give another file") from error
 
 
 def _rows(path: Path) -> Iterator[Any]:
     """The rows of a `.csv`, `.jsonl` or `.json` file; the last may hold a list or one value a line."""
-    if path.suffix == ".csv":
+    if _kind(path) == ".csv":
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # documents are longer than the 128 KiB of the default
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding=ENCODING, newline="") as file:
             yield from csv.DictReader(file)
         return
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    text = path.read_text(encoding=ENCODING)
+    if _kind(path) == ".json" and text.lstrip().startswith("["):
         yield from json.loads(text)
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -124,7 +151,10 @@ def _parquet(path: Path, column: str) -> tuple[str, ...]:
         _require(column, file.schema_arrow.names, repr(str(path)))
         values = file.read(columns=[column]).column(column).to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"data file {str(path)!r} is not valid parquet: {error}") from error
+        cause = str(error).splitlines()[0].rstrip(". ")
+        raise DataError(
+            f"data file {str(path)!r} is not valid parquet: {cause}; write it again, or give the text as jsonl"
+        ) from error
     return tuple(_column(({column: value} for value in values), column, repr(str(path))))
 
 
@@ -156,7 +186,7 @@ def _column(rows: Iterable[Any], column: str, name: str) -> Iterator[str]:
     """The texts in `column` of `rows`, which are mappings or bare strings."""
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Mapping):
-            _require(column, [str(key) for key in row if key is not None], name)
+            _require(column, [str(key) for key in row if key is not None], f"row {number} of {name}")
             row = row[column]
         if row is None:
             continue
@@ -181,5 +211,5 @@ def _similar(path: Path) -> str:
     """A next step for a file that does not exist."""
     if not path.parent.is_dir():
         return f"its folder {str(path.parent)!r} does not exist either"
-    names = [entry.name for entry in path.parent.iterdir() if entry.suffix in FILE_TYPES or entry.is_dir()]
+    names = [entry.name for entry in path.parent.iterdir() if _kind(entry) in FILE_TYPES or entry.is_dir()]
     return nearest(path.name, names) if names else f"{str(path.parent)!r} holds no data files"

@@ -7,6 +7,7 @@ in its frames while it waits stays where it is, so only weights are moved on and
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
+from fxcalib.contexts import Contexts
 from fxcalib.errors import ModelError
 from fxcalib.planning import Part
 from fxcalib.programs import Bound, Program
@@ -25,26 +27,52 @@ FORWARD = "forward"
 
 
 class SuspendedForward:
-    """The forward of one batch. It runs until it calls a target and waits there until it is told to go on."""
+    """The forward of one batch. It runs until it calls a target and waits there until it is told to go on.
+
+    When it is dropped while it waits, its frames end, and with them what they hold.
+    """
+
+    def __init__(self, model: nn.Module, targets: Mapping[int, str], batch: Mapping[str, Any]) -> None:
+        self._walk = _Walk(model, targets, batch)
+        # the frames of the forward hold the walk, which no collector sees: only this object can tell that it is over
+        weakref.finalize(self, self._walk.end).atexit = False
+
+    @property
+    def waits_at(self) -> str | None:
+        """Qualified name of the target that is to be called next; None when the forward has ended."""
+        return self._walk.waits_at
+
+    def advance(self) -> None:
+        """Call the target that the forward waits at and run on to the next."""
+        self._walk.advance()
+
+    def rehearse(self) -> None:
+        """Call the target that the forward waits at on copies of its arguments, and go no further."""
+        self._walk.rehearse()
+
+
+class _Walk:
+    """A forward in a greenlet, and the state of the thread as it is on either side of a switch."""
 
     def __init__(self, model: nn.Module, targets: Mapping[int, str], batch: Mapping[str, Any]) -> None:
         self._targets = targets
         self._random = torch.get_rng_state()
         self._caller: greenlet | None = None
+        self._outside = Contexts.current()
+        self._within = self._outside
+        """The modes that hold where the forward waits: it may call its layers under autocast, say."""
         self._greenlet = greenlet(lambda: model(**batch))
         self._inside = False
         self.waits_at: str | None = None
-        """Qualified name of the target that is to be called next; None when the forward has ended."""
         self._call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
 
     def advance(self) -> None:
-        """Call the target that the forward waits at and run on to the next."""
-        self._caller = getcurrent()
+        self._caller, self._outside = getcurrent(), Contexts.current()
         outside = torch.get_rng_state()
         torch.set_rng_state(self._random)
         self.waits_at, self._call = None, None
         try:
-            with _intercepted(self._arrive):
+            with _intercepted(self._arrive), self._outside.entered():
                 self._greenlet.switch()
         finally:
             self._random = torch.get_rng_state()
@@ -55,8 +83,10 @@ class SuspendedForward:
         if name is None or self._inside or getcurrent() is not self._greenlet:
             return original(module, *args, **kwargs)
         self.waits_at, self._call = name, (module, args, kwargs)
+        self._within = Contexts.current()
         assert self._caller is not None
-        self._caller.switch()
+        with self._outside.entered():
+            self._caller.switch()
         self._inside = True
         try:
             with _on_its_device(module):
@@ -65,18 +95,24 @@ class SuspendedForward:
             self._inside = False
 
     def rehearse(self) -> None:
-        """Call the target that the forward waits at on copies of its arguments, and go no further."""
         assert self._call is not None
         module, args, kwargs = self._call
-        leaves, structure = flatten((args, kwargs))
-        copied_args, copied_kwargs = unflatten(structure, *copy.deepcopy(leaves))
         outside = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
-            with _on_its_device(module):
+            with self._within.entered(), _on_its_device(module):
+                leaves, structure = flatten((args, kwargs))
+                copied_args, copied_kwargs = unflatten(structure, *copy.deepcopy(leaves))
                 module(*copied_args, **copied_kwargs)
         finally:
             torch.set_rng_state(outside)
+
+    def end(self) -> None:
+        """End the forward where it waits."""
+        self._call = None
+        if self._greenlet:
+            with Contexts.current().entered():
+                self._greenlet.throw()
 
 
 class SuspendedProgram(Program):
@@ -147,7 +183,8 @@ class SuspendedProgram(Program):
         if forward.waits_at != self._sequence[subgraph]:
             raise ModelError(
                 f"a batch calls {forward.waits_at or 'no more targets'} where the first one calls "
-                f"{self._sequence[subgraph]}: its targets cannot be calibrated in step with the others"
+                f"{self._sequence[subgraph]}: its targets cannot be calibrated in step with the others. "
+                "Calibrate on batches that take one way through the targets, or use pipeline='basic'"
             )
         if wanted:
             forward.advance()

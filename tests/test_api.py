@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from batches import token_batch
-from tiny_llama import save_tiny_llama, tiny_llama, tiny_tokenizer
+from tiny_llama import save_tiny_llama, tiny_llama, tiny_mixture, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fxcalib import Report, quantize
+from fxcalib import GPTQModifier, Report, calibrate, quantize
 from fxcalib.errors import (
     AlreadyQuantizedError,
     BatchError,
@@ -145,6 +146,29 @@ BAD: list[tuple[dict[str, Any], type[FxcalibError], str]] = [
     ({"data": [{"labels": torch.ones(1, 4, dtype=torch.int64)}]}, BatchError, "input_ids"),
     ({"data": [{"input_ids": torch.full((1, 4), 4096)}]}, BatchError, "4096"),
     ({"data": []}, DataError, "no batch"),
+    ({"data": Path("zzz")}, DataError, "data file 'zzz' does not exist"),
+    ({"data": 5}, DataError, "data is 5, a int; give a file"),
+    ({"model": 3}, ModelError, "model is 3, a int; give a folder, a hub id or an nn.Module"),
+    ({"model": tiny_llama().to("meta"), "data": BATCHES}, ModelError, "lies on the meta device and has no values"),
+    ({"algorithm": None}, OptionError, "algorithm is None; give one of gptq, rtn"),
+    ({"modifiers": "gptq"}, OptionError, r"modifiers holds 'gptq', a str; give modifiers, such as GPTQModifier"),
+    ({"scheme": 4}, OptionError, "scheme is 4; give a preset's name"),
+    ({"seed": "a"}, OptionError, "seed is 'a', a str; it must be a whole number"),
+    ({"samples": 6.5}, OptionError, "samples is 6.5, a float; it must be a whole number"),
+    ({"pipeline": 3}, OptionError, "pipeline is 3"),
+    ({"offload": "cuda:77"}, OptionError, "offload 'cuda:77' cannot be used here: .*; use 'cpu' or 'none'"),
+    ({"offload": "meta"}, OptionError, "offload 'meta' keeps no values"),
+    ({"device": "meta"}, OptionError, "device 'meta' computes no values"),
+    ({"dtype": torch.bfloat16}, OptionError, "unknown dtype torch.bfloat16: did you mean 'bfloat16'"),
+    ({"ignore": ["re:["]}, TargetError, r"ignore pattern 're:\[' is no regular expression"),
+    ({"targets": ["re:("]}, TargetError, r"sequential target 're:\(' is no regular expression"),
+    ({"targets": []}, TargetError, "the list is empty; leave it out for the layers"),
+    (
+        {"targets": ["LlamaForCausalLM"]},
+        TargetError,
+        "matches only the whole model, .* such as LlamaDecoderLayer, or use pipeline='basic'",
+    ),
+    ({"data": [{"x": torch.ones(1, 4)}]}, BatchError, "its keys are 'x': rename or add one"),
 ]
 
 
@@ -155,6 +179,44 @@ def test_bad_input_names_the_culprit_and_leaves_nothing_behind(
     with pytest.raises(error, match=text):
         quantize(**{**small(folder), **options}, output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_calibrate_refuses_what_quantize_refuses_of_a_model() -> None:
+    modifier = GPTQModifier(scheme="W4A16", group_size=32)
+    model = tiny_llama()
+    model.model.norm.weight[3] = torch.inf
+    with pytest.raises(NonFiniteWeightError, match=r"parameter 'model.norm.weight' holds 1 NaN or infinite of 64"):
+        calibrate(model, BATCHES, modifier)
+    with pytest.raises(ModelError, match="lies on the meta device"):
+        calibrate(tiny_llama().to("meta"), BATCHES, modifier)
+    with pytest.raises(OptionError, match="modifiers holds 'gptq'"):
+        calibrate(tiny_llama(), BATCHES, "gptq")  # type: ignore[arg-type]
+
+
+def test_a_scheme_as_a_dict_is_described_in_the_report() -> None:
+    report = quantize(tiny_llama(), scheme={"W8A16": ["Linear"]}, group_size=32, algorithm="rtn")  # type: ignore[arg-type]
+    assert report.scheme == "int8 group 32 symmetric"
+
+
+def test_models_in_float64_are_quantized(tmp_path: Path) -> None:
+    model = tiny_llama(dtype=torch.float64)
+    quantize(model, data=BATCHES, group_size=32, output=tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float64
+    torch.testing.assert_close(loaded(**BATCHES[0]).logits, model(**BATCHES[0]).logits, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_quantized_is_noted() -> None:
+    assert not quantize(tiny_llama(), algorithm="rtn", group_size=32).notes
+    report = quantize(tiny_mixture("Mixtral"), algorithm="rtn", group_size=32)
+    (note,) = report.notes
+    assert re.fullmatch(
+        r"[\d,]+ of [\d,]+ parameters \(\d\d%\) stay as they are: they are in MixtralExperts, .*, "
+        "and only Linear and Embedding modules can be quantized",
+        note,
+    )
+    assert f"  note: {note}" in str(report)
+    assert Report.from_dict(report.to_dict()).notes == report.notes
 
 
 def test_a_spoiled_weight_is_named(folder: Path, tmp_path: Path) -> None:

@@ -66,8 +66,27 @@ def test_lists_of_names_need_no_commas_behind_the_model() -> None:
         "out",
     ]
     assert cli.gathered(given) == expected
-    unclear = ["quantize", "--ignore", "lm_head", "tiny", "--json"]
-    assert cli.gathered(unclear) == unclear
+
+
+@pytest.mark.parametrize("model", ["tiny", "./elsewhere", "owner/name"])
+def test_a_model_behind_a_name_is_told_by_its_look(work: Path, model: str) -> None:
+    given = ["quantize", "--ignore", "lm_head", model, "--json"]
+    assert cli.gathered(given) == given
+    given = ["quantize", "--ignore=lm_head", model, "--targets", "A", "B"]
+    assert cli.gathered(given) == [*given[:-1], "--targets", "B"]
+
+
+def test_names_without_a_model_are_never_taken_for_one(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fxcalib", "quantize", "--ignore", "lm_head", "gate"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == cli.BAD_INPUT
+    assert capsys.readouterr().err == (
+        "error: 'gate' behind --ignore may be another name or MODEL, as MODEL does not come first; write "
+        "fxcalib quantize MODEL --ignore NAME NAME, or separate the names by commas\n"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the time of one child process")
@@ -231,6 +250,23 @@ def test_progress_shows_where_the_run_is(terminal: bool) -> None:
         assert "1/10" in shown
 
 
+def test_a_log_has_a_line_for_each_subgraph_with_its_worst_module() -> None:
+    stream = io.StringIO()
+    progress = RichProgress(console=Console(file=stream, force_terminal=False, width=40))
+    progress.plan(subgraphs=2, passes=2, batches=1)
+    for subgraph in range(2):
+        progress.sweep(subgraph, "calibrate", 1)
+        progress.batch(64)
+        for name, error in (("up", 0.01), ("down", 0.03), ("gate", 0.02)):
+            progress.module(ModuleResult(f"layers.{subgraph}.{name}", "int4", error, "output", 0.1))
+        progress.subgraph(subgraph, 61.0)
+    done = [line for line in stream.getvalue().splitlines() if "done" in line]
+    assert [line.rpartition(",")[0] for line in done] == [
+        f"subgraph {k + 1} of 2 done in 1 min 01 s, largest error 3.00e-02 of output in layers.{k}.down" for k in (0, 1)
+    ]
+    assert all(line.endswith(" s left") for line in done)
+
+
 def test_quiet_progress_is_silent() -> None:
     stream = io.StringIO()
     progress = RichProgress(quiet=True, console=Console(file=stream, force_terminal=True))
@@ -240,3 +276,24 @@ def test_quiet_progress_is_silent() -> None:
     progress.batch(1)
     progress.close()
     assert stream.getvalue() == ""
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_pipeline_that_is_worse_is_warned_of_once_in_one_line(work: Path) -> None:
+    stdout, stderr = _run(
+        *("quantize", "tiny", "--pipeline", "basic", "--group-size", "32", "--data", "words.txt"),
+        *("--samples", "2", "--seq-len", "16", "-o", "out"),
+    )
+    warned = [line for line in (stdout + stderr).splitlines() if "basic pipeline calibrates every layer" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("warning: the basic pipeline")
+    report = json.loads((work / "out" / "fxcalib_report.json").read_text())
+    assert [w for w in report["warnings"] if "basic pipeline" in w] == report["warnings"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_help_lists_every_pipeline_and_option_of_steps(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    stdout, _ = _run(command, "--help")
+    for word in ("layer_sequential", "--targets-per-subgraph", "--no-propagate-error", "--suspended"):
+        assert word in stdout

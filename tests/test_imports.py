@@ -15,12 +15,13 @@ PACKAGE = Path(fxcalib.__file__).parent
 
 MAY_IMPORT = {
     "errors": set(),
+    "patterns": {"errors"},
     "progress": {"modifiers"},
     "report": {"modifiers"},
     "memory": set(),
     "math": {"math", "errors"},
-    "modifiers": {"modifiers", "math", "errors"},
-    "tracing": {"tracing", "errors"},
+    "modifiers": {"modifiers", "math", "errors", "patterns"},
+    "tracing": {"tracing", "errors", "patterns"},
     "partitioning": {"partitioning", "tracing", "errors"},
     "planning": {"modifiers", "errors"},
     "intermediates": {"errors"},
@@ -37,7 +38,8 @@ MAY_IMPORT = {
         "report",
         "weights",
     },
-    "checkpoint": {"errors", "loading", "report"},
+    "experts": set(),
+    "checkpoint": {"errors", "experts", "loading", "report"},
     "loading": {"math", "errors"},
 }
 """Modules and packages of fxcalib -> what they may import of it. What is not listed composes these."""

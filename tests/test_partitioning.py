@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from batches import assert_identical, token_batch
+from eager import eager_in_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import tiny_llama
@@ -155,9 +156,11 @@ def test_random_graphs_run_as_their_models(program: list[tuple[int, int, int]], 
 def test_random_graphs_calibrate_as_their_own_forwards_in_step(program: list[tuple[int, int, int]], seed: int) -> None:
     torch.manual_seed(seed)
     model = RandomGlue([(0, 0, 0), *program])
-    twin = copy.deepcopy(model)
+    hung, walked = copy.deepcopy(model), copy.deepcopy(model)
     batches = [{"x": torch.randn(rows, 4), "y": torch.randn(rows, 4)} for rows in (3, 5)]
+    eager_in_step(walked, batches, QuantizationModifier(scheme="FP8"), "Linear")
     calibrate(model, copy.deepcopy(batches), QuantizationModifier(scheme="FP8"), targets="Linear", device="cpu")
     options: dict[str, Any] = {"pipeline": "layer_sequential", "suspended": True, "targets": "Linear", "device": "cpu"}
-    calibrate(twin, copy.deepcopy(batches), QuantizationModifier(scheme="FP8"), **options)
-    assert_identical(dict(model.state_dict()), dict(twin.state_dict()))
+    calibrate(hung, copy.deepcopy(batches), QuantizationModifier(scheme="FP8"), **options)
+    assert_identical(dict(model.state_dict()), dict(walked.state_dict()))
+    assert_identical(dict(hung.state_dict()), dict(walked.state_dict()))

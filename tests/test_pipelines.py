@@ -4,15 +4,18 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from batches import state_of, token_batch
 from tiny_llama import tiny_llama
 from torch import nn
 
 from fxcalib import DatasetArguments, GPTQModifier, QuantizationModifier, calibrate, partition, trace
+from fxcalib.caches import without_cache
 from fxcalib.errors import BatchError, DataError, NonFiniteActivationError, OptionError, TargetError
 from fxcalib.modifiers import Modifier, ModuleResult, Needs, Scope
 from fxcalib.modifiers.base import CurrentBatch
@@ -23,6 +26,7 @@ from fxcalib.pipelines import (
     IndependentPipeline,
     SequentialPipeline,
 )
+from fxcalib.progress import Progress
 from fxcalib.tracing import TraceError
 
 MIXED = [
@@ -136,6 +140,42 @@ def test_the_pipeline_is_inferred_from_the_modifiers() -> None:
         CalibrationPipeline.from_modifiers([gptq()], "datafree")
     with pytest.raises(OptionError, match="at least one modifier"):
         CalibrationPipeline.from_modifiers([])
+
+
+def test_a_pipeline_takes_one_modifier_or_several_and_refuses_what_is_no_name() -> None:
+    pipeline = CalibrationPipeline.from_modifiers(gptq())
+    assert isinstance(pipeline, SequentialPipeline)
+    assert len(pipeline.modifiers) == 1
+    with pytest.raises(OptionError, match="pipeline is 5; give one of basic, datafree, independent, layer_sequential"):
+        CalibrationPipeline.from_modifiers([gptq()], 5)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="datafree pipeline shows no data to the model, but GPTQModifier needs it"):
+        DataFreePipeline([gptq()])
+
+
+def test_a_variation_without_a_name_takes_nobodys_place() -> None:
+    class Logged(SequentialPipeline):
+        pass
+
+    assert type(CalibrationPipeline.from_modifiers([gptq()])) is SequentialPipeline
+    assert type(Logged([gptq()])) is Logged
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(DatasetArguments)])
+def test_none_is_the_default_of_every_option(name: str) -> None:
+    assert DatasetArguments(**{name: None}) == DatasetArguments()
+
+
+def test_one_target_needs_no_list() -> None:
+    assert DatasetArguments(sequential_targets="LlamaDecoderLayer").sequential_targets == ("LlamaDecoderLayer",)  # type: ignore[arg-type]
+    assert DatasetArguments(tracing_ignore=["a", "b"]).tracing_ignore == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_models_that_hand_keywords_on_are_told_to_keep_no_cache() -> None:
+    model, batches = ARCHITECTURES["vision-language"]()
+    assert without_cache(model, batches[0]) == {**batches[0], "use_cache": False}
+    assert without_cache(model, {"use_cache": True}) == {"use_cache": True}
+    assert "use_cache" in without_cache(tiny_llama(), MIXED[0])
+    assert "use_cache" not in without_cache(nn.Linear(2, 2), {"input": torch.ones(1, 2)})
 
 
 def test_basic_calibrates_on_the_original_model() -> None:
@@ -256,8 +296,12 @@ def test_unknown_targets_devices_and_offloads_are_refused() -> None:
 
 
 def test_an_activation_that_is_not_finite_is_named_with_its_batch() -> None:
+    class Poisoned(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.where(ids[..., None] == 77, torch.inf, super().forward(ids))
+
     model = tiny_llama()
-    model.model.embed_tokens.weight[77] = torch.inf  # a token that only the third batch holds
+    model.model.embed_tokens.__class__ = Poisoned  # infinite for a token that only the third batch holds
     batches = [{**b, "input_ids": b["input_ids"].clone()} for b in MIXED]
     for batch in batches:
         batch["input_ids"][batch["input_ids"] == 77] = 78
@@ -267,7 +311,31 @@ def test_an_activation_that_is_not_finite_is_named_with_its_batch() -> None:
     assert "input of module 'model.layers.0.self_attn." in str(caught.value)
     with pytest.raises(NonFiniteActivationError, match=r"batch 2") as caught:
         calibrate(model, batches, Watching())
-    assert "model.embed_tokens (Embedding) returns NaN or infinity" in str(caught.value)
+    assert "model.embed_tokens (Poisoned) returns NaN or infinity" in str(caught.value)
+
+
+def test_messages_list_the_keys_of_a_batch_as_it_was_given() -> None:
+    with pytest.raises(BatchError, match=r"its keys are 'attention_mask': rename or add one"):
+        calibrate(tiny_llama(), [{"attention_mask": MIXED[0]["attention_mask"]}], gptq())
+
+
+def test_each_subgraph_is_told_to_be_done_once_and_in_order() -> None:
+    class Told(Progress):
+        def __init__(self) -> None:
+            self.events: list[object] = []
+
+        def module(self, result: ModuleResult) -> None:
+            self.events.append(result.name)
+
+        def subgraph(self, subgraph: int, seconds: float) -> None:
+            assert seconds > 0
+            self.events.append(subgraph)
+
+    told = Told()
+    report = calibrate(tiny_llama(), MIXED, gptq(), progress=told)
+    run = [subgraph.index for subgraph in report.subgraphs if subgraph.calibrate_seconds]  # nothing is run of the head
+    assert [event for event in told.events if isinstance(event, int)] == run == [0, 1]
+    assert told.events.index(0) < told.events.index("model.layers.1.mlp.down_proj") < told.events.index(1)
 
 
 def test_padding_may_hold_anything() -> None:

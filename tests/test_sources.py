@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fxcalib.errors import DataError
-from fxcalib.sources import _HUB_ID, load_texts
+from fxcalib.sources import _HUB_ID, check_source, load_texts
 
 
 def write(path: Path, text: str) -> Path:
@@ -56,7 +56,7 @@ def test_another_column(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_texts(file, column="boddy")
     assert str(caught.value) == (
-        f"'{file}' has no column 'boddy'; its columns are 'body', 'title', 'n': "
+        f"row 1 of '{file}' has no column 'boddy'; its columns are 'body', 'title', 'n': "
         "name the one that holds the text (did you mean 'body'?)"
     )
     with pytest.raises(DataError, match=r"row 1 of .* holds int in column 'n' where text was expected"):
@@ -77,10 +77,15 @@ def test_parquet_and_csv_name_their_columns_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "one"}\n{"text": \n', "not valid jsonl: Expecting value, line 2"),
+        (
+            "a.jsonl",
+            b'{"text": "one"}\n{"text": \n',
+            "not valid jsonl: Expecting value, line 2; mend or remove that line",
+        ),
+        ("a.jsonl", b'{"text": "one"}\n{"body": "two"}\n', "a.jsonl' has no column 'text'; its columns are 'body'"),
         ("a.json", b'["one", ', "not valid json: Expecting value, line 1"),
-        ("a.txt", b"\xff\xfe", "not UTF-8 text: invalid start byte at byte 0"),
-        ("a.parquet", b"nothing of the sort", "not valid parquet"),
+        ("a.txt", b"\xff\xfe", "not UTF-8 text: invalid start byte at byte 0; save it as UTF-8"),
+        ("a.parquet", b"nothing of the sort", "write it again, or give the text as jsonl"),
         ("a.doc", b"", "unknown type; it must be one of .txt, .jsonl, .json, .parquet, .csv"),
         ("a.txt", b" \n", "'a.txt' is empty: no row of it holds text"),
         ("a.jsonl", b"", "'a.jsonl' is empty: no row of it holds text"),
@@ -91,6 +96,27 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, me
     with pytest.raises(DataError) as caught:
         load_texts(tmp_path / name)
     assert message in str(caught.value)
+
+
+def test_rows_are_counted_in_the_message_on_a_missing_column(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"body": "two"}\n')
+    with pytest.raises(DataError, match=r"^row 2 of '"):
+        load_texts(file)
+
+
+def test_a_byte_order_mark_and_upper_case_endings_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_bytes(b"\xef\xbb\xbfeins")
+    (tmp_path / "b.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "zwei"}\n')
+    (tmp_path / "c.Csv").write_bytes(b"\xef\xbb\xbftext\ndrei\n")
+    assert load_texts(tmp_path).documents == ("eins", "zwei", "drei")
+
+
+def test_a_path_is_never_the_id_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="data file 'zzz' does not exist"):
+        check_source(Path("zzz"))
+    match = check_source("zzz")
+    assert match is not None and match["name"] == "zzz"
 
 
 def test_a_file_that_does_not_exist_names_its_neighbours(tmp_path: Path) -> None:

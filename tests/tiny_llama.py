@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
@@ -16,7 +17,13 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 128
 
@@ -39,6 +46,35 @@ def tiny_llama(*, dtype: torch.dtype = torch.float32, seed: int = 0, **options: 
     }
     # as a checkpoint is loaded: `.to(dtype)` would convert the rotary frequencies as well
     return LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=dtype).eval().requires_grad_(False)
+
+
+def tiny_mixture(architecture: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A `Mixtral`, `Olmoe`, `Qwen3Moe` or `DeepseekV3` of two layers of width 64 with four experts."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 2,
+    }
+    own = {
+        "Mixtral": {"num_local_experts": 4},
+        "Olmoe": {"num_experts": 4},
+        "Qwen3Moe": {"num_experts": 4, "head_dim": 16},
+        "DeepseekV3": {
+            "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 32,
+            "q_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+        },
+    }  # fmt: skip
+    config = getattr(transformers, f"{architecture}Config")(**settings, **own[architecture])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+E2M3_MAX = 7.5
 E2M1_MAX = 6.0
 
 
@@ -15,8 +16,8 @@ class Grid(NamedTuple):
     """The codes that a value may take before it is multiplied by its scale.
 
     `int` grids hold the integers of two's complement with `bits` bits, signed also where the zero point moves
-    (compressed-tensors' convention). `float` grids are OCP E4M3 (8 bits, finite maximum 448; OCP FP8 specification)
-    and E2M1 (4 bits, maximum 6; OCP Microscaling formats specification v1.0, section 5.3.3).
+    (compressed-tensors' convention). `float` grids are OCP E4M3 (8 bits, finite maximum 448; OCP FP8 specification),
+    E2M3 (6 bits, maximum 7.5) and E2M1 (4 bits, maximum 6; both OCP Microscaling formats specification v1.0, 5.3).
     """
 
     kind: Literal["int", "float"]
@@ -33,7 +34,7 @@ class Grid(NamedTuple):
         """The largest code."""
         if self.kind == "int":
             return float(2 ** (self.bits - 1) - 1)
-        return E4M3_MAX if self.bits == 8 else E2M1_MAX
+        return {8: E4M3_MAX, 6: E2M3_MAX, 4: E2M1_MAX}[self.bits]
 
     @property
     def half_range(self) -> float:
@@ -47,8 +48,9 @@ class Grid(NamedTuple):
         codes.clamp_(self.low, self.high)
         if self.bits == 8:
             return codes.copy_(codes.to(torch.float8_e4m3fn))
-        # E2M1 steps by 0.5 below 2, by 1 below 4, by 2 up to 6: round to the step of the value's own binade.
-        step = torch.exp2(torch.floor(torch.log2(codes.abs().clamp_(min=1.0)))).mul_(0.5)
+        # E2M1 steps by 0.5 below 2, by 1 below 4, by 2 up to 6, E2M3 by a quarter of that: the step of the own binade
+        finest = 0.5 if self.bits == 4 else 0.125
+        step = torch.exp2(torch.floor(torch.log2(codes.abs().clamp_(min=1.0)))).mul_(finest)
         return codes.div_(step).round_().mul_(step)
 
 
@@ -70,7 +72,8 @@ class ScaleFormat(NamedTuple):
         if self.global_scale is not None:
             scale = scale * self.global_scale
         info = torch.finfo(self.dtype)
-        rounded = scale.clamp(max=info.max).to(self.dtype).float()
+        largest = min(info.max, torch.finfo(scale.dtype).max)  # of float64, the largest is no float32
+        rounded = scale.clamp(max=largest).to(self.dtype).float()
         return torch.where(rounded == 0, float(info.eps), rounded)
 
     def effective(self, stored: Tensor) -> Tensor:

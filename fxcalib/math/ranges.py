@@ -37,10 +37,9 @@ class Range(ABC):
 
 
 class MinMax(Range):
-    """The smallest and the largest value seen, of everything or of each run of `group_size` features."""
+    """The smallest and the largest value seen."""
 
-    def __init__(self, group_size: int | None = None) -> None:
-        self._group_size = group_size
+    def __init__(self) -> None:
         self._low: Tensor | None = None
         self._high: Tensor | None = None
 
@@ -49,12 +48,7 @@ class MinMax(Range):
         if real is not None:
             # Zero is inside every range, so zeroed padding leaves no trace; a product would let its NaN survive.
             values = torch.where(real[..., None], values, 0.0)
-        if self._group_size is None:
-            low, high = (end.reshape(1) for end in torch.aminmax(values))
-        else:
-            tiles = values.reshape(-1, values.shape[-1] // self._group_size, self._group_size)
-            low, high = tiles.amin((0, 2)), tiles.amax((0, 2))
-        low, high = low.float(), high.float()
+        low, high = (end.reshape(1).float() for end in torch.aminmax(values))
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
@@ -67,7 +61,7 @@ class MinMax(Range):
         return range_qparams(*self.extremes(), grid, scales)
 
     def clone(self) -> MinMax:
-        copy = MinMax(self._group_size)
+        copy = MinMax()
         copy._low = None if self._low is None else self._low.clone()
         copy._high = None if self._high is None else self._high.clone()
         return copy

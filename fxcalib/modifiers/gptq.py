@@ -56,7 +56,7 @@ class GPTQModifier(SchemeModifier):
         super().__init__(targets=targets, scheme=scheme, **settings)
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise OptionError(f"block_size {block_size!r} must be a whole number of columns, at least 1")
-        if not 0 <= dampening_frac <= 1:
+        if not isinstance(dampening_frac, (int, float)) or not 0 <= dampening_frac <= 1:
             raise OptionError(f"dampening_frac {dampening_frac!r} must be between 0 and 1; 0.01 is usual")
         if actorder in _REMOVED_ORDERS:
             raise OptionError(

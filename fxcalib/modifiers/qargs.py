@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from compressed_tensors.quantization.utils import generate_gparam
 from torch import Tensor
 
@@ -26,11 +31,29 @@ OBSERVERS = {
     "imatrix_mse": "mse",
     "percentile": "percentile",
 }
+INTEGER_BITS = range(2, 9)
+FLOAT_BITS = (4, 6, 8)
 DEFAULT_WEIGHT_OBSERVER = "mse"
 DEFAULT_ACTIVATION_OBSERVER = "minmax"
 # llm-compressor's. `patience` only stops its search early and `averaging_constant` weighs batches against each other:
 # here every candidate is tried and every batch counts the same, so the two change nothing.
 _OBSERVER_OPTIONS = {"norm", "maxshrink", "grid", "percentile", "patience", "averaging_constant"}
+
+
+def refuse_impossible(role: str, args: QuantizationArgs) -> None:
+    """Raise OptionError for `args` of `role` that no format stores or nothing here computes."""
+    kind = QuantizationType(args.type)
+    widths = INTEGER_BITS if kind == QuantizationType.INT else FLOAT_BITS
+    if args.num_bits not in widths:
+        raise OptionError(
+            f"num_bits of {role} is {args.num_bits}; {kind.value} formats have {', '.join(map(str, widths))} bits"
+        )
+    if role != "weights" and args.strategy == QuantizationStrategy.GROUP and args.dynamic is False:
+        raise OptionError(
+            f"{role} in groups cannot have static scales: no checkpoint format holds one for each group; "
+            "use dynamic=True, or strategy 'tensor' or 'token'"
+        )
+    observer_of(args, DEFAULT_WEIGHT_OBSERVER)
 
 
 def grid_of(args: QuantizationArgs) -> Grid:
@@ -82,8 +105,6 @@ def search_weight(table_SE: Tensor, args: QuantizationArgs, scales: ScaleFormat,
 def range_of(args: QuantizationArgs) -> Range:
     """An empty statistic for static activation scales with the observer of `args`, min-max by default."""
     observer, options = observer_of(args, DEFAULT_ACTIVATION_OBSERVER)
-    if args.strategy == QuantizationStrategy.GROUP:
-        return MinMax(args.group_size)
     if observer == "minmax" or args.strategy == QuantizationStrategy.TENSOR_GROUP:
         return MinMax()
     return Histogram(options.get("percentile", 99.99) if observer == "percentile" else None)

@@ -25,6 +25,7 @@ from fxcalib.modifiers import qargs
 from fxcalib.modifiers.base import CurrentBatch, Modifier, ModuleResult, Needs, Scope
 from fxcalib.modifiers.schemes import build_schemes, check_finite, resolve
 from fxcalib.modifiers.sharing import InputStatistics, SharedInputs, union_of_extremes
+from fxcalib.patterns import names_of
 
 
 class SchemeModifier(Modifier):
@@ -50,12 +51,13 @@ class SchemeModifier(Modifier):
         kv_cache_scheme: object = None,
         sequential_targets: str | Sequence[str] | None = None,
     ) -> None:
-        self.sequential_targets = [sequential_targets] if isinstance(sequential_targets, str) else sequential_targets
+        asked = None if sequential_targets is None else names_of(sequential_targets, "sequential target")
+        self.sequential_targets = asked
         if kv_cache_scheme is not None:
             raise OptionError("kv_cache_scheme is not supported yet; leave it out")
         observers = _observers(observer, weight_observer, input_observer, output_observer)
         self._schemes = build_schemes(targets, scheme, config_groups, group_size, observers)
-        self._ignore = ignore
+        self._ignore = None if ignore is None else names_of(ignore, "ignore pattern")
         self._resolved: dict[str, QuantizationScheme] = {}
         self._unchecked: set[str] = set()
         self._committed: set[str] = set()
@@ -237,6 +239,8 @@ def _observers(
     """Observer of each role: one name stands for the weights, a mapping for any of `weights`, `input`, `output`."""
     chosen: dict[str, str | None] = {"weights": None, "input_activations": None, "output_activations": None}
     roles = {"weights": "weights", "weight": "weights", "input": "input_activations", "output": "output_activations"}
+    if observer is not None and not isinstance(observer, (str, Mapping)):
+        raise OptionError(f"observer is {observer!r}; give a name, such as 'mse', or a dict of roles to names")
     named = {"weights": observer} if isinstance(observer, str) else dict(observer or {})
     for role, name in named.items():
         if role not in roles:
@@ -244,6 +248,8 @@ def _observers(
         chosen[roles[role]] = name
     for key, given in (("weights", weight), ("input_activations", inputs), ("output_activations", output)):
         chosen[key] = given if given is not None else chosen[key]
+        if chosen[key] is not None and not isinstance(chosen[key], str):
+            raise OptionError(f"observer of {key} is {chosen[key]!r}; give a name, such as 'mse'")
     return chosen
 
 

@@ -7,7 +7,7 @@ start of the name, or the name of the module's class or one of its bases.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -27,7 +27,8 @@ from torch import nn
 
 from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError, nearest
 from fxcalib.math.finite import all_finite
-from fxcalib.modifiers.qargs import DEFAULT_WEIGHT_OBSERVER, observer_of
+from fxcalib.modifiers.qargs import refuse_impossible
+from fxcalib.patterns import names_of
 
 QUANTIZABLE = (nn.Linear, nn.Embedding)
 _SCHEME_KEYS = ("weights", "input_activations", "output_activations", "format")
@@ -55,24 +56,33 @@ def build_schemes(
 
     Raises:
         OptionError: neither or both of `scheme` and `config_groups`; an unknown preset, field or observer; a group
-            size for a scheme without groups.
+            size for a scheme without groups; a number of bits that no format has; an argument of another type.
+        TargetError: a `re:` pattern that is no regular expression.
     """
-    target_list = [targets] if isinstance(targets, str) else list(targets)
+    target_list = names_of(targets, "target")
+    if not target_list:
+        raise OptionError("targets is empty, so nothing would be quantized; name modules or classes, such as 'Linear'")
     if (scheme is None) == (config_groups is None):
         raise OptionError("give either `scheme` (a preset such as 'W4A16') or `config_groups`, not both, not neither")
     if scheme is None:
-        assert config_groups is not None
+        if not isinstance(config_groups, Mapping) or not config_groups:
+            raise OptionError(f"config_groups is {config_groups!r}; give a dict of names to schemes, at least one")
         schemes = [_group_scheme(name, value, target_list) for name, value in config_groups.items()]
     elif isinstance(scheme, QuantizationScheme):
         schemes = [scheme.model_copy(deep=True)]
     elif isinstance(scheme, str):
         schemes = [_preset(scheme, target_list)]
-    elif scheme and all(key.upper() in PRESET_SCHEMES for key in scheme):
+    elif not isinstance(scheme, Mapping):
+        raise OptionError(
+            f"scheme is {scheme!r}; give a preset's name, such as 'W4A16', a dict or a QuantizationScheme"
+        )
+    elif scheme and all(str(key).upper() in PRESET_SCHEMES for key in scheme):
         schemes = [_preset(name, value) for name, value in scheme.items()]
     else:
         schemes = [_explicit("scheme", scheme, target_list)]
     owners: dict[str, int] = {}
     for number, each in enumerate(schemes):
+        names_of(each.targets, "target")
         for target in each.targets:
             if owners.setdefault(target, number) != number:
                 raise OptionError(f"target {target!r} is in two config groups; each target may have one scheme")
@@ -85,7 +95,7 @@ def build_schemes(
                 continue
             if observers and observers.get(role) is not None:
                 args.observer = observers[role]
-            observer_of(args, DEFAULT_WEIGHT_OBSERVER)
+            refuse_impossible(role, args)
     return schemes
 
 
@@ -109,7 +119,7 @@ def resolve(
     if ignore is None:
         ignored = _output_head(model, names)
     else:
-        ignored = [ignore] if isinstance(ignore, str) else list(ignore)
+        ignored = names_of(ignore, "ignore pattern")
         for pattern in ignored:
             if not _matches(model, pattern):
                 raise TargetError(f"ignore pattern {pattern!r} matches no module: {_suggest(pattern, model)}")
@@ -130,7 +140,8 @@ def resolve(
                 _refuse_quantized_module(name, module)
     if not resolved:
         raise TargetError(
-            f"nothing to quantize: every module that {sorted(owners)} match is ignored by {ignored} or unquantized"
+            f"nothing to quantize: every module that {sorted(owners)} match is ignored by {ignored} or unquantized; "
+            + _where_weights_are(model, set(ignored))
         )
     for name, scheme in resolved.items():
         module = names[name]
@@ -173,10 +184,10 @@ def _group_scheme(name: str, value: Any, targets: list[str]) -> QuantizationSche
     return _preset(name, value)
 
 
-def _preset(name: str, targets: str | Iterable[str]) -> QuantizationScheme:
+def _preset(name: str, targets: object) -> QuantizationScheme:
     if name.upper() not in PRESET_SCHEMES:
         raise OptionError(f"unknown scheme {name!r}: {nearest(name, PRESET_SCHEMES)}")
-    return preset_name_to_scheme(name, [targets] if isinstance(targets, str) else list(targets))
+    return preset_name_to_scheme(name, names_of(targets, "target"))
 
 
 def _explicit(what: str, fields: Mapping[str, Any], targets: list[str]) -> QuantizationScheme:
@@ -191,6 +202,8 @@ def _explicit(what: str, fields: Mapping[str, Any], targets: list[str]) -> Quant
 
 
 def _set_group_size(scheme: QuantizationScheme, group_size: int) -> None:
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise OptionError(f"group size {group_size!r} must be a whole number of columns, or -1 for one per channel")
     weights = scheme.weights
     if weights is None or weights.strategy != QuantizationStrategy.GROUP or weights.scale_dtype is not None:
         what = "has no weights"
@@ -215,6 +228,37 @@ def _output_head(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:
     head = find() if callable(find) else None
     found = [name for name, module in names.items() if module is head and name]
     return found or (["lm_head"] if "lm_head" in names else [])
+
+
+def unquantizable(model: nn.Module) -> dict[str, int]:
+    """Parameters, by class of module, that are matrices or larger and in no module that can be quantized.
+
+    Experts of a mixture that are one tensor, the `Conv1D` of GPT-2, convolutions: largest first.
+    """
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, QUANTIZABLE):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() >= 2 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                kind = type(module).__name__
+                counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _where_weights_are(model: nn.Module, ignored: set[str]) -> str:
+    """A next step where nothing is left to quantize."""
+    other = unquantizable(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if sum(other.values()) * 2 > total:
+        shares = ", ".join(f"{kind} ({count / total:.0%})" for kind, count in list(other.items())[:3])
+        return (
+            f"most weights are in {shares}, and only Linear and Embedding modules can be quantized: "
+            "use a version of the model that is made of Linear modules"
+        )
+    return f"name other targets, or ignore less than {sorted(ignored)}" if ignored else "name other targets"
 
 
 def _suggest(pattern: str, model: nn.Module) -> str:

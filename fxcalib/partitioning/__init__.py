@@ -47,23 +47,24 @@ class Partition:
         Raises:
             TraceError: the batch breaks a guard and cannot be traced either.
         """
+        random = torch.get_rng_state()
         partition = self.variants.select(batch)
         try:
             return partition._run(batch)
         except GuardError:
+            torch.set_rng_state(random)
             return self.variants.retrace(batch)._run(batch)
 
     def _run(self, batch: Mapping[str, Any]) -> Any:
         bound = self.traced.bind(batch)
         values = dict(bound.inputs)
-        result: Any = None
         with torch.no_grad():
             for subgraph in self.subgraphs:
                 outputs = subgraph.run(values, bound.signature)
                 for name in subgraph.frees:
                     del values[name]
-                result = outputs.pop("output", None)
                 values.update(outputs)
+            result = values[next(node.name for node in self.traced.graph.nodes if node.op == "output")]
         return self.traced.rebuild(result)
 
     def __str__(self) -> str:

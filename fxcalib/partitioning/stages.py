@@ -17,8 +17,8 @@ from torch import fx
 
 from fxcalib.partitioning.subgraph import Subgraph, describe, leaf_values
 from fxcalib.tracing import TracedModel
+from fxcalib.tracing.graph import has_effect, is_check
 from fxcalib.tracing.torch_private import StorageWeakRef
-from fxcalib.tracing.tracer import has_effect
 
 _HEAVY = ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "einsum", "scaled_dot_product_attention", "convolution")
 """Glue that costs too much to be computed twice."""
@@ -94,6 +94,8 @@ class Stages:
                 earliest[node] = tail
             elif node in targets:
                 earliest[node] = targets[node]
+            elif is_check(node):
+                earliest[node] = before  # before anything is computed with what it assumes
             else:
                 earliest[node] = max(before, latest[node]) if node in self._fixed else before
         return {n: earliest[n] for n in self._nodes if n in self._fixed}

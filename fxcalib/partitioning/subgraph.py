@@ -70,7 +70,7 @@ class Subgraph:
         return _compile(self)
 
     def run(self, values: Mapping[str, Any], signature: tuple[Any, ...]) -> dict[str, Any]:
-        """Run on `values`, by name; returns the outputs, and under `output` the leaves of the model's result.
+        """Run on `values`, by name; returns the outputs, and under the output node's name the leaves of the result.
 
         Intermediate tensors are dropped after their last use. `signature` is that of the bound batch.
 

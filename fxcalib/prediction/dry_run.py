@@ -99,6 +99,8 @@ class DryRun:
     """Floating-point operations of matrix products, attention and solvers, two for a multiply-add."""
     seconds: float | None
     """Estimated time of calibration; None where this machine was not measured."""
+    note: str = ""
+    """What is planned instead of what was asked for, and why."""
 
     def peak(self, tier: str) -> Moment:
         """The first moment at which the most bytes are held in `tier`, `host` or `device`."""

@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from fxcalib.arguments import DatasetArguments
 from fxcalib.batch_checks import check_batch
+from fxcalib.caches import without_cache
 from fxcalib.intermediates import storage_device
 from fxcalib.partitioning.subgraph import Value
 from fxcalib.partitioning.subgraph import describe as describe_value
-from fxcalib.pipelines import CalibrationPipeline, _attached, _calibrating, _without_cache
+from fxcalib.pipelines import CalibrationPipeline, _attached, _calibrating
 from fxcalib.planning import make_plan
 from fxcalib.prediction import machine
 from fxcalib.prediction.dry_run import CarriedValue, DryRun, SubgraphPlan
@@ -96,7 +97,7 @@ class _Prediction:
         self._device, self._offload = device, offload
         self._needs = [modifier.needs for modifier in flow.modifiers]
         self._observes = any(need.observed for need in self._needs)
-        given = _without_cache(model, calibration.batch() if batch is None else batch)
+        given = without_cache(model, calibration.batch() if batch is None else batch)
         mask = given.get("attention_mask")
         self._mask = mask.bool() if calibration.padded and isinstance(mask, torch.Tensor) else None
         if self._observes:

@@ -23,8 +23,8 @@ from fxcalib.modifiers.base import CurrentBatch, Modifier, Scope
 from fxcalib.planning import Plan, Step
 from fxcalib.prediction.tracking import Allocations
 from fxcalib.programs import Bound, Program, TracedProgram
-from fxcalib.tracing.guards import new_shape_env
 from fxcalib.tracing.preserve import fake_weights, preserved_state
+from fxcalib.tracing.sizes import Sizes
 from fxcalib.tracing.torch_private import FakeTensorMode
 
 
@@ -75,7 +75,7 @@ class Rehearsal:
         for step in self._plan.steps:
             if step.sweeps:
                 sweeps.setdefault(step.subgraph, []).append(step)
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=new_shape_env())
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=Sizes())
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(preserved_state(self._program.model))

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from fxcalib.checkpoint import compressed_state
 from fxcalib.prediction.tracking import Allocations
-from fxcalib.tracing.guards import new_shape_env
 from fxcalib.tracing.preserve import fake_weights
+from fxcalib.tracing.sizes import Sizes
 from fxcalib.tracing.torch_private import FakeTensorMode
 
 
@@ -64,7 +64,7 @@ def unique_bytes(*modules: nn.Module) -> int:
 
 def _compress(module: nn.Module) -> tuple[int, int]:
     """Bytes of a module's compressed tensors, and of the temporaries while they are made."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=new_shape_env())
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=Sizes())
     tracker = Allocations(1)
     with torch.no_grad(), fake_weights(module, mode, torch.device("cpu")), mode, _NoCodeAcrossWords():
         for parameter in module.parameters():

@@ -18,8 +18,11 @@ def describe(run: DryRun) -> str:
     kind = "padded" if run.padded else "packed"
     lines = [
         f"plan of {run.model}: {run.algorithm}, {run.pipeline} pipeline on {run.device}",
-        f"  {_count(run.parameters)} parameters, {format_bytes(run.weight_bytes)} in {run.dtype}",
+        f"  {_count(run.parameters)} parameters, {format_bytes(run.weight_bytes)} in {run.dtype} "
+        "with scales and zero points",
     ]
+    if run.note:
+        lines.append(f"  {run.note}")
     if run.plan.passes:
         lines.append(
             f"  {run.samples} samples of {run.seq_len} tokens, {kind}, in {run.batches} batches of {run.batch_size}; "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from fxcalib.tracing.guards import Guard
 from fxcalib.tracing.structure import flatten
 from fxcalib.tracing.targets import Targets, default_targets, resolve_targets
 from fxcalib.tracing.traced import BoundBatch, TracedModel
-from fxcalib.tracing.tracer import Recorder
+from fxcalib.tracing.tracer import Recorder, Recording
 
 __all__ = [
     "BoundBatch",
@@ -65,5 +67,22 @@ def trace(
     if where.type == "meta":
         where = torch.device("cpu")
     resolved = resolve_targets(model, targets, ignore)
-    recording = Recorder(model, resolved, where).record(batch, dynamic=lambda name, dim: True)
+    recording = _record(model, resolved, where, batch)
     return TracedModel(model, resolved, recording, where, time.perf_counter() - started)
+
+
+def _record(model: nn.Module, targets: Targets, device: torch.device, batch: Mapping[str, Any]) -> Recording:
+    """Record with as few assumptions as the model lets; the error is that of the first attempt."""
+    first = Recorder(model, targets, device)
+    try:
+        return first.record(batch)
+    except TraceError as error:
+        leaves = flatten(dict(batch))[0]
+        ones = [True, False] if any(1 in leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)) else [True]
+        # some code cannot live with symbols for data: as keys of a dict, as what Python's own functions want
+        data = [True, False] if first.asked_data else [True]
+        for symbolic_data, symbolic_ones in list(product(data, ones))[1:]:
+            recorder = Recorder(model, targets, device, symbolic_data=symbolic_data, symbolic_ones=symbolic_ones)
+            with suppress(TraceError):
+                return recorder.record(batch)
+        raise error

@@ -8,17 +8,19 @@ what it looked like when traced, while it runs.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+from torch import fx
 
-from fxcalib.tracing.errors import GuardError, source_of_frame
+from fxcalib.tracing.errors import GuardError
+from fxcalib.tracing.sizes import Sizes, SourcedGuards
 from fxcalib.tracing.structure import flatten
-from fxcalib.tracing.torch_private import ShapeEnv, pytree
+from fxcalib.tracing.torch_private import pytree
 
 
 @dataclass(frozen=True)
@@ -34,33 +36,6 @@ class Guard:
         return f"[{self.kind}] {self.text}  ({self.source})"
 
 
-class SourcedGuards(list[Any]):
-    """The guard list of a `ShapeEnv`, remembering for each guard the model's line that asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sources: list[str] = []
-
-    def append(self, guard: Any) -> None:
-        super().append(guard)
-        self.sources.append(source_of_frame(sys._getframe(1)))
-
-    def copy(self) -> SourcedGuards:
-        twin = SourcedGuards()
-        list.extend(twin, self)
-        twin.sources = list(self.sources)
-        return twin
-
-
-def new_shape_env() -> ShapeEnv:
-    """A shape environment in which sizes 0 and 1 are not special and equal sizes are not taken for the same size."""
-    env = ShapeEnv(
-        allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True, duck_shape=False, specialize_zero_one=False
-    )
-    env.guards = SourcedGuards()
-    return env
-
-
 @dataclass(frozen=True)
 class InputSpec:
     """Structure and symbolic metadata of a batch."""
@@ -70,6 +45,74 @@ class InputSpec:
     """Readable path of each leaf, such as `input_ids`."""
     values: tuple[Any, ...]
     """Each leaf as traced: a fake tensor with symbolic sizes, or the constant that was baked in."""
+
+
+@dataclass(frozen=True)
+class ValueGuard(ABC):
+    """What the data of the traced batch was found to be, and that the trace goes on with."""
+
+    nodes: tuple[fx.Node, ...]
+    """The nodes of the graph that compute the values in question."""
+    source: str
+    """The model's line that asked."""
+
+    @abstractmethod
+    def holds(self, values: Sequence[Any]) -> bool:
+        """Whether it is so for these values of the nodes."""
+
+    @abstractmethod
+    def text(self) -> str:
+        """The assumption, in names of nodes."""
+
+    def check(self, *values: Any) -> None:
+        """Raise GuardError where it is not so; a node function of traced graphs.
+
+        Guards that depend on a module's result are nodes as well: what a module returns changes while it is compressed.
+        """
+        if not self.holds(values):
+            raise GuardError(
+                f"the trace assumes that {self.text()}, made at {self.source}; with the weights as they are now, this "
+                "batch takes another way. Calibrate with pipeline='layer_sequential' and suspended=True"
+            )
+
+    def listed(self) -> Guard:
+        """The guard for people."""
+        return Guard("value", self.text(), self.source)
+
+
+@dataclass(frozen=True)
+class Relation(ValueGuard):
+    """A relation of numbers that depend on data."""
+
+    fact: sympy.Basic
+    symbols: tuple[sympy.Symbol, ...]
+    """Of `fact`, one for each node."""
+
+    def holds(self, values: Sequence[Any]) -> bool:
+        numbers = (value.item() if isinstance(value, torch.Tensor) else value for value in values)
+        return _is_true(self.fact.xreplace(dict(zip(self.symbols, map(sympy.sympify, numbers), strict=True))))
+
+    def text(self) -> str:
+        names = {symbol: sympy.Symbol(node.name) for symbol, node in zip(self.symbols, self.nodes, strict=True)}
+        return str(self.fact.xreplace(names))
+
+
+@dataclass(frozen=True)
+class Known(ValueGuard):
+    """The value of a tensor, as numbers in lists."""
+
+    expected: Any
+
+    def holds(self, values: Sequence[Any]) -> bool:
+        found = values[0].tolist() if isinstance(values[0], torch.Tensor) else values[0]
+        return bool(found == self.expected)
+
+    def text(self) -> str:
+        return f"{self.nodes[0].name} is {self.expected}"
+
+
+def _is_true(relation: Any) -> bool:
+    return bool(relation == sympy.true or (relation.is_number and relation != sympy.false and bool(relation)))
 
 
 @dataclass(frozen=True)
@@ -85,13 +128,14 @@ class LeafCheck:
 class ShapeGuards:
     """Checks sizes of batches and of module results against the symbolic sizes of a trace."""
 
-    def __init__(self, env: ShapeEnv, inputs: InputSpec) -> None:
+    def __init__(self, env: Sizes, inputs: InputSpec) -> None:
         self._inputs = inputs
         self._replacements = {s: env.replace(s) for s in self._symbols()}
         assert isinstance(env.guards, SourcedGuards)
         self._guards = [(guard.expr, source) for guard, source in zip(env.guards, env.guards.sources, strict=True)]
         self._replace = env.replace
-        self._names = self._readable()
+        self.names = self._readable()
+        """Symbol of a size -> the same with the name of its input and dimension."""
         self._accepted: dict[tuple[Any, ...], dict[sympy.Symbol, int]] = {}
         self._expected: dict[tuple[str, int, tuple[Any, ...]], list[Any]] = {}
 
@@ -109,7 +153,7 @@ class ShapeGuards:
 
     def listed(self) -> list[Guard]:
         """All shape guards and baked constants, in the sizes of the inputs."""
-        readable = self._names
+        readable = self.names
         found = [Guard("shape", str(expr.xreplace(readable)), source) for expr, source in self._guards]
         equal = [(s.xreplace(readable), r.xreplace(readable)) for s, r in self._replacements.items() if s != r]
         found += [Guard("shape", f"{s} == {r}", "sizes unified while tracing") for s, r in equal]
@@ -157,13 +201,12 @@ class ShapeGuards:
             value = replacement.xreplace(numbers)
             if value.is_number and int(value) != sizes[symbol]:
                 raise GuardError(
-                    f"the trace assumes {symbol.xreplace(self._names)} == {replacement.xreplace(self._names)}; "
+                    f"the trace assumes {symbol.xreplace(self.names)} == {replacement.xreplace(self.names)}; "
                     f"the batch has {sizes[symbol]}"
                 )
         for expr, source in self._guards:
-            held = expr.xreplace(numbers)
-            if held == sympy.false or (getattr(held, "is_number", False) and not held):
-                assumed = expr.xreplace(self._names)
+            if not _is_true(expr.xreplace(numbers)):
+                assumed = expr.xreplace(self.names)
                 raise GuardError(f"the trace assumes {assumed}, made at {source}; the batch has {signature}")
         return sizes
 
@@ -171,14 +214,17 @@ class ShapeGuards:
         """The expression of a symbolic size after all unifications of the trace."""
         return self._replace(size.node._expr)
 
+    def numbers(self, signature: tuple[Any, ...]) -> Mapping[sympy.Symbol, sympy.Integer]:
+        """The sizes of a batch of this accepted signature."""
+        return {symbol: sympy.Integer(n) for symbol, n in self._accepted[signature].items()}
+
     def number(self, size: torch.SymInt, signature: tuple[Any, ...]) -> int:
         """The value of a symbolic size for a batch of this accepted signature.
 
         Raises:
             GuardError: the size depends on more than the sizes of the batch.
         """
-        numbers = {symbol: sympy.Integer(n) for symbol, n in self._accepted[signature].items()}
-        value = self._replace(size.node._expr).xreplace(numbers)
+        value = self._replace(size.node._expr).xreplace(dict(self.numbers(signature)))
         if not value.is_number:
             raise GuardError(f"the size {value} does not follow from those of the batch")
         return int(value)
@@ -209,7 +255,7 @@ class ShapeGuards:
         if leaf is None:
             return None
         shape, dtype = leaf
-        numbers = {symbol: sympy.Integer(n) for symbol, n in self._accepted[signature].items()}
+        numbers = dict(self.numbers(signature))
         known: list[int | None] = []
         for size in shape:
             if isinstance(size, torch.SymInt):

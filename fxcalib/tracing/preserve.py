@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,9 +22,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     Some models keep results of a forward on themselves (position deltas, rotary tables) or install hooks in it; what
     was made on fake tensors must not survive the trace.
     """
-    dicts: list[dict[str, Any]] = []
-    for module in model.modules():
-        dicts += [module.__dict__, *(v for v in module.__dict__.values() if isinstance(v, dict))]
+    dicts = list(_dicts(model))
     before = [(d, dict(d)) for d in dicts]
     random_state = torch.get_rng_state()
     try:
@@ -35,19 +35,66 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
                 current.update(saved)
 
 
+def _dicts(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The dicts that make up `model`: of its modules, and of the objects and dicts that these hold."""
+    seen: set[int] = set()
+    pending: list[tuple[Any, int]] = [(module, 0) for module in model.modules()]
+    while pending:
+        value, depth = pending.pop()
+        if id(value) in seen or isinstance(value, (torch.Tensor, type, ModuleType)) or (callable(value) and depth):
+            continue
+        seen.add(id(value))
+        held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+        if isinstance(held, dict):
+            yield held
+            if depth < 3:
+                pending += [(inner, depth + 1) for inner in held.values()]
+
+
+def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors that `model` holds beside its weights, in attributes of its modules and of the objects they hold."""
+    for held in _dicts(model):
+        for value in held.values():
+            for leaf in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(leaf, torch.Tensor):
+                    yield leaf
+
+
 def _differs(current: dict[str, Any], saved: dict[str, Any]) -> bool:
     return current.keys() != saved.keys() or any(current[k] is not saved[k] for k in saved)
 
 
+@dataclass
+class FakeWeights:
+    """What `fake_weights` has put where."""
+
+    paths: dict[int, str] = field(default_factory=dict)
+    """Id of each fake -> qualified name."""
+    originals: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Id of each fake -> the tensor that it stands for."""
+    places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The weights themselves, while the context is open."""
+        now = [(group, key, group[key]) for group, key in self.places]
+        for group, key, tensor in now:
+            group[key] = self.originals.get(id(tensor), tensor)
+        try:
+            yield
+        finally:
+            for group, key, tensor in now:
+                group[key] = tensor
+
+
 @contextmanager
-def fake_weights(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[dict[int, str]]:
-    """Put fake tensors on `device` in the place of all parameters and buffers; yields id of each fake -> its path.
+def fake_weights(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[FakeWeights]:
+    """Put fake tensors on `device` in the place of all parameters and buffers.
 
     No weight value is read, a model on the meta device is traced as if it lay on `device`, and what is tied stays tied.
     """
     fakes: dict[int, FakeTensor] = {}
-    paths: dict[int, str] = {}
-    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    weights = FakeWeights()
     for name, module in model.named_modules():
         for group in (module._parameters, module._buffers):
             for key, tensor in group.items():
@@ -56,14 +103,16 @@ def fake_weights(model: nn.Module, mode: FakeTensorMode, device: torch.device) -
                 if id(tensor) not in fakes:
                     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
                     fakes[id(tensor)] = FakeTensor(mode, meta, device)
-                    paths[id(fakes[id(tensor)])] = f"{name}.{key}" if name else key
-                replaced.append((group, key, tensor))
+                    weights.paths[id(fakes[id(tensor)])] = f"{name}.{key}" if name else key
+                    weights.originals[id(fakes[id(tensor)])] = tensor
+                weights.places.append((group, key))
                 group[key] = fakes[id(tensor)]
+    originals = {(id(group), key): weights.originals[id(group[key])] for group, key in weights.places}
     try:
-        yield paths
+        yield weights
     finally:
-        for group, key, tensor in replaced:
-            group[key] = tensor
+        for group, key in weights.places:
+            group[key] = originals[id(group), key]
         _forget_memoized_tensors()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxcalib.tracing.errors import GuardError
 from fxcalib.tracing.torch_private import py_sym_types, pytree
@@ -64,3 +65,18 @@ def tensors(values: Sequence[object]) -> list[torch.Tensor]:
 def is_symbolic(value: object) -> bool:
     """Whether `value` is a symbolic int, float or bool."""
     return isinstance(value, py_sym_types)
+
+
+def to_device(value: object, device: torch.device) -> Any:
+    """`value` with all tensors in its containers on `device`."""
+    leaves, spec = flatten(value)
+    return unflatten(spec, *(leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
+
+
+def call_module(module: nn.Module, args: Any, kwargs: Any, device: torch.device) -> Any:
+    """`module(*args, **kwargs)`, computed where its weights are, with arguments and result on `device`."""
+    home = next((weight.device for weight in module.parameters()), device)
+    if home == device:
+        return module(*args, **kwargs)
+    args, kwargs = to_device((args, kwargs), home)
+    return to_device(module(*args, **kwargs), device)

@@ -10,6 +10,7 @@ from compressed_tensors.utils import match_named_modules
 from torch import nn
 
 from fxcalib.errors import TargetError, nearest
+from fxcalib.patterns import names_of
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ def resolve_targets(model: nn.Module, patterns: str | Sequence[str] | None, igno
     What lies in a module that `ignore` matches is no target, so that this module stays whole.
 
     Raises:
-        TargetError: a pattern matches no module; the message lists the nearest names.
+        TargetError: a pattern matches no module, or only the root; the message lists the nearest names.
     """
     whole = {name for pattern in ignore for name in _matches(model, pattern, "ignored module")}
-    named = [patterns] if isinstance(patterns, str) else patterns
-    wanted = default_targets(model) if named is None else list(named)
+    wanted = default_targets(model) if patterns is None else names_of(patterns, "sequential target")
     if not wanted:
-        raise TargetError("no sequential targets: the model has no submodules and none were named")
+        why = "the model has no submodules" if patterns is None else "the list is empty; leave it out for the layers"
+        raise TargetError(f"no sequential targets: {why}, or name a class of modules or a module")
     matched: set[str] = set()
     for pattern in wanted:
         matched |= _matches(model, pattern, "sequential target")
@@ -77,9 +78,16 @@ def resolve_targets(model: nn.Module, patterns: str | Sequence[str] | None, igno
 
 
 def _matches(model: nn.Module, pattern: str, role: str) -> set[str]:
-    found = {name for name, _ in match_named_modules(model, [pattern])} - {""}
+    matched = {name for name, _ in match_named_modules(model, [pattern])}
+    found = matched - {""}
     if not found:
-        classes = {type(m).__name__ for m in model.modules()}
+        if matched:
+            inside = ", ".join(default_targets(model)) or "one of its modules"
+            raise TargetError(
+                f"{role} {pattern!r} matches only the whole model, which cannot be cut at itself; name modules in it, "
+                f"such as {inside}, or use pipeline='basic' to run it whole"
+            )
+        classes = {type(m).__name__ for m in model.children() for m in m.modules()}
         names = {n for n, _ in model.named_modules() if n}
         close = nearest(pattern.removeprefix("re:"), classes if "." not in pattern else names)
         raise TargetError(f"{role} {pattern!r} matches no module of {type(model).__name__}: {close}")

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
+    GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
     free_unbacked_symbols,
@@ -42,6 +43,7 @@ __all__ = [
     "DisablePythonDispatcher",
     "FakeTensor",
     "FakeTensorMode",
+    "GuardOnDataDependentSymNode",
     "ProxyTorchDispatchMode",
     "PythonKeyTracer",
     "ShapeEnv",

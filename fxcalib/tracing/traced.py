@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fxcalib.tracing.errors import GuardError
 from fxcalib.tracing.guards import Guard, LeafCheck
-from fxcalib.tracing.structure import unflatten
+from fxcalib.tracing.structure import call_module, unflatten
 from fxcalib.tracing.targets import Targets
 from fxcalib.tracing.tracer import Recording
 
@@ -56,7 +56,7 @@ class TracedModel:
     @cached_property
     def guards(self) -> tuple[Guard, ...]:
         """Every assumption that the trace has baked in, with the model's source line."""
-        return (*self.recording.shape_guards.listed(), *(v.guard for v in self.recording.value_guards))
+        return (*self.recording.shape_guards.listed(), *(v.listed() for v in self.recording.value_guards))
 
     @cached_property
     def symbols(self) -> Mapping[sympy.Symbol, sympy.Symbol]:
@@ -115,30 +115,36 @@ class TracedModel:
 
     @cached_property
     def _value_program(self) -> list[fx.Node]:
-        wanted = {v.node for v in self.recording.value_guards}
+        wanted = {node for guard in self.recording.value_guards for node in guard.nodes}
         for node in reversed(self.graph.nodes):
-            if node in wanted and not isinstance(node.meta.get("val"), torch.SymInt):
+            if node in wanted and not self._follows_from_sizes(node):
                 wanted.update(node.all_input_nodes)
         return [n for n in self.graph.nodes if n in wanted and n.op != "placeholder"]
 
+    def _follows_from_sizes(self, node: fx.Node) -> bool:
+        size = node.meta.get("val")
+        if not isinstance(size, torch.SymInt):
+            return False
+        return bool(self.expression(size).free_symbols <= self.recording.shape_guards.names.keys())
+
     def _check_values(self, inputs: Mapping[str, Any], signature: tuple[Any, ...]) -> None:
-        guards = {v.node: v for v in self.recording.value_guards}
+        shapes, guards = self.recording.shape_guards, self.recording.value_guards
         if not guards:
             return
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        values: dict[fx.Node, Any] = {n: inputs[n.name].to(self.device) for n in placeholders}
-        with torch.no_grad():
+        values: dict[fx.Node, Any] = {n: inputs[n.name].to(self.device, copy=True) for n in placeholders}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # what draws random numbers will draw them again
             for node in self._value_program:
                 try:
-                    size = node.meta.get("val")
-                    if isinstance(size, torch.SymInt):
-                        values[node] = self.recording.shape_guards.number(size, signature)
+                    if self._follows_from_sizes(node):
+                        values[node] = shapes.number(node.meta["val"], signature)
                     else:
-                        values[node] = run_glue(self, node, values)
+                        values[node] = run_node(self, node, values)
                 except Exception as error:
                     raise GuardError(f"a guard cannot be computed on this batch: {error}") from error
-                if node in guards and bool(values[node]) != guards[node].expected:
-                    raise GuardError(f"the trace assumes that {guards[node].guard}")
+            for guard in guards:
+                if not guard.holds([values[node] for node in guard.nodes]):
+                    raise GuardError(f"the trace assumes that {guard.listed()}")
 
     def __str__(self) -> str:
         calls = [n for n in self.graph.nodes if n.op == "call_module"]
@@ -151,10 +157,12 @@ class TracedModel:
         return "\n".join([*lines, *(f"guard {guard}" for guard in self.guards)])
 
 
-def run_glue(traced: TracedModel, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """The value of one `get_attr` or `call_function` node, given those of its inputs."""
+def run_node(traced: TracedModel, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """The value of a node, given those of its inputs; a module runs where its weights are."""
     if node.op == "get_attr":
         return traced.attribute_on_device(str(node.target))
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    if node.op == "call_module":
+        return call_module(traced.model.get_submodule(str(node.target)), args, kwargs, traced.device)
     assert callable(node.target)
     return node.target(*args, **kwargs)

@@ -7,23 +7,27 @@ in the graph is what the ancestors of the targets do themselves, as ATen operati
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcalib.tracing.errors import TraceError, source_of_error, source_of_frame
-from fxcalib.tracing.guards import Guard, InputSpec, LeafCheck, ShapeGuards, new_shape_env
+from fxcalib.tracing.graph import GraphTracer, has_effect
+from fxcalib.tracing.guards import InputSpec, Known, LeafCheck, Relation, ShapeGuards, ValueGuard
 from fxcalib.tracing.leaves import LeafCache
-from fxcalib.tracing.preserve import fake_weights, intercepted_calls, preserved_state
-from fxcalib.tracing.structure import PLAIN, flatten, is_native, is_symbolic, leaves_of, unflatten
+from fxcalib.tracing.preserve import FakeWeights, fake_weights, intercepted_calls, preserved_state, tensors_of
+from fxcalib.tracing.sizes import Sizes
+from fxcalib.tracing.standins import run_on_stand_ins
+from fxcalib.tracing.structure import PLAIN, call_module, flatten, is_native, is_symbolic, leaves_of, unflatten
 from fxcalib.tracing.targets import Targets
 from fxcalib.tracing.torch_private import (
     ConstantSource,
@@ -31,7 +35,6 @@ from fxcalib.tracing.torch_private import (
     FakeTensor,
     FakeTensorMode,
     ProxyTorchDispatchMode,
-    PythonKeyTracer,
     StatelessSymbolicContext,
     disable_autocast_cache,
     disable_proxy_modes_tracing,
@@ -45,17 +48,8 @@ from fxcalib.tracing.torch_private import (
     pytree,
     track_tensor_tree,
 )
-from fxcalib.tracing.values import RealPrefix
+from fxcalib.tracing.values import UNKNOWN, RealPrefix
 from tracing_patches import active_patches
-
-
-@dataclass
-class ValueGuard:
-    """A branch on data: `node` was `expected` on the traced batch."""
-
-    node: fx.Node
-    expected: bool
-    guard: Guard
 
 
 @dataclass
@@ -73,167 +67,163 @@ class Recording:
     """Module calls that change argument tensors in place -> the nodes of these arguments."""
 
 
-class GraphTracer(PythonKeyTracer):
-    """Creates the nodes: weights become `get_attr` nodes of their path, other objects constants of the graph."""
+class _Questions(TorchFunctionMode):
+    """Answers what the model asks of a tensor's data: `bool(x)`, `x.item()`, `x.tolist()`."""
 
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self.root = root
-        self.graph = fx.Graph(tracer_cls=type(self))
-        self.record_stack_traces = False
-        self.constants: dict[str, Any] = {}
-        self.weights: dict[int, str] = {}
-        self.existing: set[int] = set()
-        self._objects: dict[int, tuple[object, fx.Node]] = {}
-        self._literal = False
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
-        self._literal = target is torch.ops.aten.lift_fresh_copy.default
-        try:
-            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        finally:
-            self._literal = False
-
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
-        # the parent's version looks `get_attr` targets up with getattr, which fails on dotted paths
-        node = fx.proxy.TracerBase.create_node(self, kind, target, args, kwargs, *rest, **more)
-        if kind == "call_function":
-            node.meta["source"] = source_of_frame(sys._getframe(1))
-        return node
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
-            return self._tensor(a)
-        if is_symbolic(a):
-            return super().create_arg(a)
-        try:
-            return super().create_arg(a)
-        except NotImplementedError:
-            return self.object_node(a)
-
-    def _tensor(self, tensor: torch.Tensor) -> fx.Node:
-        path = self.weights.get(id(tensor))
-        if path is None:
-            if isinstance(tensor, FakeTensor):
-                raise TraceError(f"a tensor of shape {tuple(tensor.shape)} was made where it could not be recorded")
-            if tensor.numel() > 1 and not self._literal and id(tensor) not in self.existing:
-                raise TraceError(
-                    f"a real tensor of shape {tuple(tensor.shape)} that was made while tracing would be baked in"
-                )
-            path = self._constant(tensor)
-            self.weights[id(tensor)] = path
-        return self.create_node("get_attr", path, (), {})
-
-    def _constant(self, value: object) -> str:
-        path = f"_constant_{len(self.constants)}"
-        self.constants[path] = value
-        return path
-
-    def object_node(self, value: object) -> fx.Node:
-        """A node for an arbitrary object. Objects that calls may change (caches) are copied once per replay."""
-        if id(value) in self._objects:
-            return self._objects[id(value)][1]
-        if is_mutable(value):
-            held = pytree.tree_leaves(getattr(value, "__dict__", {}))
-            if any(isinstance(x, FakeTensor) for x in held):
-                raise TraceError(f"a {type(value).__name__} that already holds activations is passed to a module")
-            path = self._constant(copy.deepcopy(value))
-            node = self.create_node("call_function", copy.deepcopy, (self.create_node("get_attr", path, (), {}),), {})
-        else:
-            node = self.create_node("get_attr", self._constant(value), (), {})
-        self._objects[id(value)] = (value, node)
-        return node
-
-
-def is_mutable(value: object) -> bool:
-    """Whether module calls may change `value`: anything but modules, classes, functions and plain values."""
-    return not isinstance(value, (nn.Module, type, pytree.TreeSpec, *PLAIN)) and not callable(value)
-
-
-def has_effect(node: fx.Node) -> bool:
-    """Whether running `node` does more than compute its value: module calls, in-place and random operations."""
-    if node.op != "call_function":
-        return node.op != "get_attr"
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is copy.deepcopy  # a mutable object: every reader has to see the same copy
-    assertion = target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
-    return assertion or target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
-
-
-class _Branches(TorchFunctionMode):
-    """Answers `bool(tensor)` in the glue with the value on the real batch, and has it guarded."""
-
-    def __init__(self, answer: Callable[[torch.Tensor], bool | None]) -> None:
+    def __init__(self, answer: Callable[[torch.Tensor, bool], Any]) -> None:
         super().__init__()
         self._answer = answer
+        self._tolist = FakeTensor.tolist
+
+    def __enter__(self) -> Any:
+        # fake tensors have a method of their own, which a mode does not see
+        def tolist(tensor: FakeTensor) -> Any:
+            answer = self._answer(tensor, False)
+            return self._tolist(tensor) if answer is None else answer
+
+        FakeTensor.tolist = tolist  # type: ignore[method-assign, assignment]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        FakeTensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__bool__ or (func is torch.Tensor.item and args[0].dtype == torch.bool):
-            answer = self._answer(args[0])
+        if func in _ASKING:
+            # a number stays a symbol as long as it can: a trace that has looked at it serves that number alone
+            symbolic = _ASKING[func] and args[0].dtype != torch.bool
+            answer = self._answer(args[0], symbolic)
             if answer is not None:
-                return answer
+                return answer if func is not torch.Tensor.__bool__ else bool(answer)
+        if func is torch.Tensor.contiguous:
+            # the method would not call the operator where the fake counts as contiguous: the real tensor may not be
+            return torch.ops.aten.contiguous.default(*args, **(kwargs or {}))
+        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and isinstance(args[0], FakeTensor):
+            parts = _unbind(*args, **(kwargs or {}))
+            return iter(parts) if func is torch.Tensor.__iter__ else parts
+        if func is torch.tensor and isinstance(args[0], (list, tuple)):
+            args = (_stacked(args[0]), *args[1:])
+        elif func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, (list, tuple)) for i in index):
+                args = (args[0], tuple(_stacked(i) for i in index), *args[2:])
         return func(*args, **(kwargs or {}))
+
+
+def _unbind(tensor: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    # the decomposition of torch squeezes only what is known to be 1, which symbols are not in opaque modules
+    if not tensor.ndim:
+        raise TypeError("iteration over a 0-d tensor")
+    return tuple(tensor.select(dim, i) for i in range(int(tensor.shape[dim])))
+
+
+def _stacked(values: Any) -> Any:
+    """Nested lists that hold tensors as one tensor: `torch.tensor` would look at their data."""
+    if not isinstance(values, (list, tuple)):
+        return values
+    parts = [_stacked(value) for value in values]
+    if not any(isinstance(part, torch.Tensor) for part in parts):
+        return values
+    return torch.stack([part if isinstance(part, torch.Tensor) else torch.tensor(part) for part in parts])
+
+
+_ASKING = {
+    torch.Tensor.__bool__: False,
+    torch.Tensor.item: True,
+    torch.Tensor.__int__: True,
+    torch.Tensor.__index__: True,
+    torch.Tensor.__float__: True,
+}
+"""Functions that look at data, and whether their result may be a symbol."""
 
 
 class Recorder:
     """Runs a model's forward once and records it."""
 
-    def __init__(self, model: nn.Module, targets: Targets, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        device: torch.device,
+        *,
+        symbolic_data: bool = True,
+        symbolic_ones: bool = True,
+    ) -> None:
+        """Record the forward of `model`, to be run on `device`.
+
+        Without `symbolic_data`, numbers that depend on data are looked at and guarded at once; without `symbolic_ones`,
+        a dimension of size 1 in the batch is taken for one that is always 1.
+        """
         self._model, self._device = model, device
+        self._symbolic_data, self._symbolic_ones = symbolic_data, symbolic_ones
         modules = dict(model.named_modules(remove_duplicate=False))
         self._names: dict[int, str] = {}
         for name, module in modules.items():
             self._names.setdefault(id(module), name)
         self._ancestors = {id(modules[name]) for name in targets.ancestors}
+        self._targets = targets.names
         self._tracer = GraphTracer(model)
         self._cache = LeafCache()
-        self._env = new_shape_env()
+        self._env = Sizes()
         self._inside = 0
+        self._on_fakes = 0
         self._recording = False
         self._checks: dict[fx.Node, LeafCheck] = {}
         self._values: list[ValueGuard] = []
         self._mutated: dict[fx.Node, list[fx.Node]] = {}
         self._prefix: RealPrefix | None = None
+        self._weights = FakeWeights()
+
+    @property
+    def asked_data(self) -> bool:
+        """Whether the model has asked for numbers that depend on data."""
+        return len(self._env.var_to_range) > len(self._env.backed_var_to_val)
 
     @property
     def in_glue(self) -> bool:
         """Whether the code that runs now is recorded: the forward of an ancestor, not of an opaque module."""
         return self._recording and not self._inside
 
-    def record(self, batch: Mapping[str, Any], dynamic: Callable[[str, int], bool]) -> Recording:
-        """Run `model(**batch)` on fakes. `dynamic(name, dim)` says which dimensions of which input may vary."""
+    def record(self, batch: Mapping[str, Any]) -> Recording:
+        """Run `model(**batch)` on fakes, all sizes of whose tensors are symbols."""
         tracer = self._tracer
         with patch_functorch_config(fake_tensor_propagate_real_tensors=False):
             mode = FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True, shape_env=self._env)
+        mode.cache_enabled = False  # what was found in an opaque module has made no guards for the glue
         leaves, structure = flatten(dict(batch))
         paths = pytree.tree_flatten_with_path(dict(batch), is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))[0]
         names = tuple(_key(path) for path, _ in paths)
-        fakes = [self._fake_input(mode, name, leaf, dynamic) for name, leaf in zip(names, leaves, strict=True)]
+        fakes = [self._fake_input(mode, name, leaf) for name, leaf in zip(names, leaves, strict=True)]
         placeholders: dict[fx.Node, Any] = {}
         tracked = []
         for name, leaf, fake in zip(names, leaves, fakes, strict=True):
             if isinstance(leaf, torch.Tensor):
                 proxy = tracer.create_proxy("placeholder", _identifier(name), (), {})
                 tracked.append((fake, proxy))
-                # branches on data are answered on a copy: glue that writes in place must not change the batch
-                placeholders[proxy.node] = leaf.to(self._device, copy=True) if leaf.device.type != "meta" else None
-        real = {node: value for node, value in placeholders.items() if value is not None}
+                placeholders[proxy.node] = leaf
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             stack.enter_context(torch.no_grad())
             stack.enter_context(preserved_state(self._model))
-            tracer.existing = {id(t) for m in self._model.modules() for t in _plain_tensors(m)}
+            tracer.existing = {id(t) for t in tensors_of(self._model)}
             attributes = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-            if len(real) == len(placeholders):
-                self._prefix = RealPrefix(tracer.graph, real, lambda path: self._attribute(path, attributes))
+            if all(leaf.device.type != "meta" for leaf in placeholders.values()):
+                self._prefix = RealPrefix(
+                    tracer.graph,
+                    # a copy: glue that writes in place must not change the batch
+                    lambda: {node: leaf.to(self._device, copy=True) for node, leaf in placeholders.items()},
+                    lambda path: self._attribute(path, attributes),
+                    self._run_really,
+                )
             stack.enter_context(patch_fx_config(backed_size_oblivious=True))
             stack.enter_context(patch_functorch_config(generate_fake_kernels_from_real_mismatches=True))
-            tracer.weights = stack.enter_context(fake_weights(self._model, mode, self._device))
+            self._weights = stack.enter_context(fake_weights(self._model, mode, self._device))
+            tracer.weights = dict(self._weights.paths)
             stack.enter_context(self._post_dispatch_vmap())
             stack.enter_context(active_patches(self))
             stack.enter_context(intercepted_calls(self._call))
+            self._intercept_forwards()
             stack.enter_context(mode)
             stack.enter_context(enable_python_dispatcher())
             for fake, proxy in tracked:
@@ -244,13 +234,15 @@ class Recorder:
                 )
             )
             stack.enter_context(disable_autocast_cache())
-            stack.enter_context(_Branches(self._branch))
+            stack.enter_context(_Questions(self._ask))
             self._recording = True
+            self._env.oracle = self
             result = self._forward(unflatten(structure, *fakes))
             results, outputs = flatten(result)
             tracer.create_node("output", "output", (tracer.create_arg([self._proxy(x) for x in results]),), {})
             self._recording = False
-        guarded = {value.node for value in self._values}
+        self._env.oracle = None
+        guarded = {node for value in self._values for node in value.nodes}
         tracer.graph.eliminate_dead_code(lambda node: node in guarded or has_effect(node))
         inputs = InputSpec(structure, names, tuple(fakes))
         guards = ShapeGuards(self._env, inputs)
@@ -277,15 +269,15 @@ class Recorder:
         finally:
             self._recording = False
 
-    def _fake_input(self, mode: FakeTensorMode, name: str, leaf: Any, dynamic: Callable[[str, int], bool]) -> Any:
+    def _fake_input(self, mode: FakeTensorMode, name: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        sizes = [DimDynamic.DYNAMIC if dynamic(name, d) else DimDynamic.STATIC for d in range(leaf.ndim)]
         here = leaf.device == self._device
+        kinds = [DimDynamic.DYNAMIC if n != 1 or self._symbolic_ones else DimDynamic.STATIC for n in leaf.shape]
         return mode.from_tensor(
             leaf if here else torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device),
             source=ConstantSource(name),
-            symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds),
         )
 
     def _attribute(self, path: str, attributes: Mapping[str, torch.Tensor]) -> Any:
@@ -301,9 +293,24 @@ class Recorder:
         return value if isinstance(value, PLAIN) else fx.Proxy(tracer.object_node(value), tracer)
 
     def _call(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._on_fakes:
+            return self._run_or_stand_in(partial(original, module), module, args, kwargs)
         if not self.in_glue or id(module) in self._ancestors or id(module) not in self._names:
             return original(module, *args, **kwargs)
         return self._leaf(original, module, args, kwargs)
+
+    def _intercept_forwards(self) -> None:
+        """Record targets whose `forward` is called past `__call__` as well. What is set here, the model loses again."""
+        for name in self._targets:
+            module = self._model.get_submodule(name)
+            forward = module.forward
+
+            def entered(*args: Any, m: nn.Module = module, f: Callable[..., Any] = forward, **kwargs: Any) -> Any:
+                if not self.in_glue:
+                    return f(*args, **kwargs)
+                return self._leaf(lambda target, *a, **k: target.forward(*a, **k), m, args, kwargs)
+
+            module.__dict__["forward"] = entered
 
     def _leaf(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         tracer = self._tracer
@@ -319,6 +326,7 @@ class Recorder:
         call = tracer.create_proxy("call_module", name, proxy_args, proxy_kwargs)
         versions = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor)]
         result = self._run_on_fakes(original, module, args, kwargs)
+        tracer.settle(leaves)
         written = [self._proxy(x).node for x, version in versions if x._version != version]
         if written:
             self._mutated[call.node] = written
@@ -337,16 +345,109 @@ class Recorder:
 
         def once(*a: Any, **k: Any) -> Any:
             restore()
-            return self._cache.call(forward, module, a, k)
+            return self._cache.call(lambda *x, **y: self._run_or_stand_in(forward, module, x, y), module, a, k)
 
         module.__dict__["forward"] = once
+        try:
+            with self._unrecorded(), self._env.suppress_guards(), self._env.ignore_fresh_unbacked_symbols():
+                self._on_fakes += 1
+                try:
+                    return original(module, *args, **kwargs)
+                finally:
+                    self._on_fakes -= 1
+        finally:
+            restore()
+
+    def _run_or_stand_in(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a module on fakes; the innermost that cannot be runs on real stand-ins, else the one around it."""
+        try:
+            return run(*args, **kwargs)
+        except Exception as error:
+            on_fakes, self._on_fakes = self._on_fakes, 0
+            try:
+                return run_on_stand_ins(
+                    run, module, args, kwargs, sizes=self._env, known=self._known, buffers=self._buffers
+                )
+            except Exception:
+                raise error from None
+            finally:
+                self._on_fakes = on_fakes
+
+    def _known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        slot = get_proxy_slot(tensor, self._tracer, None)
+        if slot is None or self._prefix is None:
+            return None
+        value = self._prefix.value(slot.proxy.node, call_modules=False)
+        return value if isinstance(value, torch.Tensor) else None
+
+    @property
+    def _buffers(self) -> Mapping[int, torch.Tensor]:
+        return {key: t for key, t in self._weights.originals.items() if not isinstance(t, nn.Parameter)}
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
         self._inside += 1
         try:
-            with disable_proxy_modes_tracing(), self._env.suppress_guards(), self._env.ignore_fresh_unbacked_symbols():
-                return original(module, *args, **kwargs)
+            with disable_proxy_modes_tracing():
+                yield
         finally:
             self._inside -= 1
-            restore()
+
+    def _run_really(self, name: str, args: Any, kwargs: Any) -> Any:
+        """The result of a module on real values; `UNKNOWN` where it has no weights."""
+        module = self._model.get_submodule(name)
+        on_fakes, self._on_fakes = self._on_fakes, 0
+        try:
+            with self._weights.suspended():
+                if any(weight.is_meta for weight in module.parameters()):
+                    return UNKNOWN
+                return call_module(module, args, kwargs, self._device)
+        finally:
+            self._on_fakes = on_fakes
+
+    def value_of(self, symbol: sympy.Symbol) -> int | float | None:
+        """What a symbol that depends on data is on the traced batch. In opaque modules, where only sizes count, 1."""
+        node = self._node_of(symbol)
+        value = None if node is None else self._listed(node, call_modules=self._inside == 0)
+        return 1 if value is None and self._inside else value
+
+    def assumed(self, fact: sympy.Basic) -> None:
+        """Keep what the trace goes on with as a guard. In opaque modules it is no assumption: replay runs them."""
+        if not self.in_glue:
+            return
+        fact = self._env.replace(fact)
+        symbols = tuple(sorted(fact.free_symbols, key=str))
+        nodes = [self._node_of(symbol) for symbol in symbols]
+        known = tuple(node for node in nodes if node is not None)
+        if len(known) < len(nodes):
+            raise TraceError(f"the model assumes {fact}, which cannot be held against other batches")
+        self._guard(Relation(known, source_of_frame(sys._getframe(1)), fact, symbols))
+
+    def _guard(self, guard: ValueGuard) -> None:
+        self._values.append(guard)
+        if any(self._depends_on_modules(node) for node in guard.nodes):
+            self._tracer.create_node("call_function", guard.check, guard.nodes, {})
+
+    def _depends_on_modules(self, node: fx.Node) -> bool:
+        seen, pending = {node}, [node]
+        while pending:
+            current = pending.pop()
+            size = current.meta.get("val")
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols <= self._env.backed_var_to_val.keys():
+                continue  # a size that follows from those of the batch
+            if current.op == "call_module":
+                return True
+            pending += [source for source in current.all_input_nodes if source not in seen]
+            seen.update(current.all_input_nodes)
+        return False
+
+    def _node_of(self, symbol: sympy.Symbol) -> fx.Node | None:
+        tracked = self._tracer.sympy_expr_tracker.get(symbol)
+        if tracked is None:
+            return None
+        with self._unrecorded():
+            proxy: Any = tracked.proxy.force() if hasattr(tracked.proxy, "force") else tracked.proxy
+        return proxy.node  # type: ignore[no-any-return]
 
     def _track(self, call: fx.Proxy, name: str, result: Any) -> None:
         tracer = self._tracer
@@ -362,28 +463,33 @@ class Recorder:
         described = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else None for x in results)
         self._checks[call.node] = LeafCheck(name, structure, described)
 
-    def _branch(self, tensor: torch.Tensor) -> bool | None:
-        if not self.in_glue or not isinstance(tensor, FakeTensor):
+    def _ask(self, tensor: torch.Tensor, symbolic: bool) -> Any:
+        """What a tensor holds, on the traced batch; None where torch may answer, with symbols."""
+        if not self._recording or not isinstance(tensor, FakeTensor):
             return None
         slot = get_proxy_slot(tensor, self._tracer, None)
-        if slot is None:
+        if slot is None or (self._prefix is None and symbolic):
+            return None
+        if not self.in_glue:
+            return self._listed(slot.proxy.node, call_modules=False) if self._on_fakes else None
+        if symbolic and self._symbolic_data:
             return None
         source = source_of_frame(sys._getframe(2))
-        self._inside += 1
-        try:
-            with disable_proxy_modes_tracing():
-                expected = self._prefix.truth(slot.proxy.node) if self._prefix is not None else None
-        finally:
-            self._inside -= 1
-        if expected is None:
+        answer = self._listed(slot.proxy.node, call_modules=True)
+        if answer is None:
             raise TraceError(
                 f"the model branches on data that is not known while tracing: {tuple(tensor.shape)} {tensor.dtype}, "
-                f"at {source}\n  It depends on a module's result, or the batch is on the meta device: "
-                "trace with a real batch."
+                f"at {source}\n  The batch, or a module that it depends on, is on the meta device: "
+                "trace the model with weights and a real batch."
             )
-        text = f"{slot.proxy.node.name} is {expected}"
-        self._values.append(ValueGuard(slot.proxy.node, expected, Guard("value", text, source)))
-        return expected
+        self._guard(Known((slot.proxy.node,), source, answer))
+        return answer
+
+    def _listed(self, node: fx.Node, *, call_modules: bool) -> Any:
+        if self._prefix is None:
+            return None
+        with self._unrecorded():
+            return self._prefix.listed(node, call_modules=call_modules)
 
     @contextmanager
     def _post_dispatch_vmap(self) -> Iterator[None]:
@@ -401,10 +507,6 @@ class Recorder:
             yield
         finally:
             functorch_vmap.vmap_impl = functorch_apis.vmap_impl = original  # type: ignore[attr-defined]
-
-
-def _plain_tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [v for v in pytree.tree_leaves(dict(module.__dict__)) if isinstance(v, torch.Tensor)]
 
 
 def _key(path: tuple[Any, ...]) -> str:

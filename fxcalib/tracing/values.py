@@ -1,4 +1,4 @@
-"""Values of traced tensors on the real batch: glue recorded so far is run when the model branches on data."""
+"""Values of traced tensors on the real batch: what is recorded so far is run when the model asks for a value."""
 
 from __future__ import annotations
 
@@ -10,23 +10,47 @@ from torch import fx
 
 from fxcalib.tracing.torch_private import DisablePythonDispatcher, unset_fake_temporarily
 
-_UNKNOWN = object()
+UNKNOWN = object()
+"""Stands for a value that is not at hand."""
 
 
 class RealPrefix:
-    """Runs the recorded glue on real inputs, each node once, as far as it can be run without calling a module."""
+    """Runs the recorded graph on real inputs, each node once: glue at once, modules only when nothing else helps."""
 
-    def __init__(self, graph: fx.Graph, inputs: Mapping[fx.Node, Any], attribute: Callable[[str], Any]) -> None:
-        self._graph, self._attribute = graph, attribute
-        self._known: dict[fx.Node, Any] = dict(inputs)
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: Callable[[], Mapping[fx.Node, Any]],
+        attribute: Callable[[str], Any],
+        call_module: Callable[[str, Any, Any], Any],
+    ) -> None:
+        """`inputs()` makes the inputs anew: glue may write to them. `call_module(name, args, kwargs)` returns `UNKNOWN`
+        where the module cannot be run, because its weights are on the meta device."""
+        self._graph, self._inputs, self._attribute, self._call_module = graph, inputs, attribute, call_module
+        self._calls_modules = False
+        self._restart()
+
+    def _restart(self) -> None:
+        self._known: dict[fx.Node, Any] = dict(self._inputs())
         self._last: fx.Node | None = None
 
-    def truth(self, node: fx.Node) -> bool | None:
-        """`bool` of the real value of `node`; None where it depends on a module's result or on values not at hand."""
+    def value(self, node: fx.Node, *, call_modules: bool) -> Any:
+        """The real value of `node`; `UNKNOWN` where it depends on a module's result, unless `call_modules`."""
         with unset_fake_temporarily(), DisablePythonDispatcher(), torch.no_grad():
             self._advance()
-            value = self._known[node]
-            return None if value is _UNKNOWN else bool(value)
+            if self._known[node] is UNKNOWN and call_modules and not self._calls_modules:
+                self._calls_modules = True
+                self._restart()
+                self._advance()
+            return self._known[node]
+
+    def listed(self, node: fx.Node, *, call_modules: bool) -> Any:
+        """`value` of a node as a number, or as lists of numbers; None where it is not at hand."""
+        value = self.value(node, call_modules=call_modules)
+        if value is UNKNOWN:
+            return None
+        with unset_fake_temporarily(), DisablePythonDispatcher():
+            return value.tolist() if isinstance(value, torch.Tensor) else value
 
     def _advance(self) -> None:
         node = self._last.next if self._last is not None else next(iter(self._graph.nodes))
@@ -39,12 +63,18 @@ class RealPrefix:
     def _run(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             value = self._attribute(str(node.target))
-            return _UNKNOWN if isinstance(value, torch.Tensor) and value.device.type == "meta" else value
+            return UNKNOWN if isinstance(value, torch.Tensor) and value.device.type == "meta" else value
         size = node.meta.get("val")
-        if isinstance(size, torch.SymInt) and size.node.hint is not None:
-            return int(size.node.hint)  # known also where it is the size of a module's result
-        if node.op != "call_function" or any(self._known[i] is _UNKNOWN for i in node.all_input_nodes):
-            return _UNKNOWN
+        if isinstance(size, torch.SymInt):
+            hint = size.node.expr.xreplace(size.node.shape_env.backed_var_to_val)
+            if hint.is_number:
+                return int(hint)  # known also where it is the size of a module's result
+        if any(self._known[i] is UNKNOWN for i in node.all_input_nodes):
+            return UNKNOWN
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._known[n])
+        if node.op == "call_module":
+            return self._call_module(str(node.target), args, kwargs) if self._calls_modules else UNKNOWN
+        if node.op != "call_function":
+            return UNKNOWN
         assert callable(node.target)
         return node.target(*args, **kwargs)

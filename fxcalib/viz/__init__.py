@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxcalib.viz.describe import describe
 from fxcalib.viz.dot import to_dot, tree_to_dot
 from fxcalib.viz.files import FORMATS, check_output, save
+from fxcalib.viz.memory import predict_memory
 from fxcalib.viz.page import to_html
 from fxcalib.viz.rendering import render
 from fxcalib.viz.sample import sample_batch
@@ -18,6 +19,7 @@ __all__ = [
     "check_output",
     "describe",
     "describe_failure",
+    "predict_memory",
     "render",
     "sample_batch",
     "save",

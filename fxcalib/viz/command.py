@@ -17,8 +17,12 @@ from fxcalib.report import Report
 from fxcalib.tracing import TraceError, trace
 from fxcalib.viz.describe import describe
 from fxcalib.viz.files import check_output, save
+from fxcalib.viz.memory import predict_memory
 from fxcalib.viz.sample import sample_batch
 from fxcalib.viz.tree import describe_failure
+
+SHOW_MEMORY = (".html", ".json")
+"""Files that hold more than the picture."""
 
 
 def draw(
@@ -53,7 +57,10 @@ def draw(
     except TraceError as error:
         save(describe_failure(skeleton, error, targets, name=name), output)
         return str(error)
-    save(describe(parts, measured, name=name, samples=samples), output, expand=expand)
+    memory = None
+    if output.suffix.lower() in SHOW_MEMORY:
+        memory = predict_memory(parts, batch, samples=samples, per_subgraph=targets_per_subgraph)
+    save(describe(parts, measured, name=name, memory=memory), output, expand=expand)
     return None
 
 

@@ -10,11 +10,8 @@ import sympy
 import torch
 from torch import fx, nn
 
-from fxcalib.modifiers.base import Needs
 from fxcalib.partitioning import Partition, Subgraph, Value
 from fxcalib.partitioning.subgraph import describe as value_of
-from fxcalib.planning import make_plan
-from fxcalib.programs import TracedProgram
 from fxcalib.report import Report, SubgraphReport
 from fxcalib.tracing import TracedModel
 from fxcalib.viz.flops import subgraph_flops
@@ -22,12 +19,13 @@ from fxcalib.viz.folding import first_of_each
 from fxcalib.viz.view import (
     EdgeView,
     GraphView,
+    InnerModule,
     Kind,
     MeasuredModule,
     MeasuredSubgraph,
+    MemoryView,
     NodeView,
     RunView,
-    StepView,
     SubgraphView,
     ValueView,
 )
@@ -36,7 +34,7 @@ OUTPUT = "output"
 
 
 def describe(
-    partition: Partition, report: Report | None = None, *, name: str | None = None, samples: int = 512
+    partition: Partition, report: Report | None = None, *, name: str | None = None, memory: MemoryView | None = None
 ) -> GraphView:
     """Describe `partition` at the sizes of the batch it was traced with.
 
@@ -44,7 +42,7 @@ def describe(
         partition: of any model, also one on the meta device.
         report: of a run over the same model; its errors and times go with the subgraphs that call the same targets.
         name: of the model; default: its class.
-        samples: how many samples of that size a calibration keeps, for the memory of the steps.
+        memory: what the steps of a calibration hold, from `predict_memory`.
     """
     traced = partition.traced
     sizes = batch_sizes(traced)
@@ -57,14 +55,14 @@ def describe(
         model=name or type(model).__name__,
         type=type(model).__name__,
         targets=traced.targets.patterns,
-        sizes={**sizes, "samples": samples},
+        sizes=sizes,
         parameters=sum(p.numel() for p in model.parameters()),
         bytes=weight_bytes([model]),
         subgraphs=tuple(_with_first(part, first) for part, first in zip(parts, firsts, strict=True)),
         nodes=tuple(nodes),
         edges=tuple(edges),
-        steps=_steps(partition, sizes, samples),
         guards=tuple(short_source(str(guard)) for guard in traced.guards),
+        memory=memory,
         run=None if report is None else _run(report),
     )
 
@@ -202,6 +200,12 @@ def _subgraph(
         index=subgraph.index,
         targets=subgraph.targets,
         modules=subgraph.module_names,
+        inside=tuple(
+            InnerModule(f"{called}.{name}", type(inner).__name__)
+            for called, module in zip(subgraph.module_names, subgraph.modules, strict=True)
+            for name, inner in module.named_modules()
+            if name
+        ),
         nodes=tuple(f"{subgraph.index}:{n.name}" for n in subgraph.nodes if n.op != "output"),
         inputs=tuple(view_of(subgraph.values[name], sizes) for name in subgraph.inputs),
         outputs=tuple(view_of(subgraph.values[name], sizes) for name in subgraph.outputs),
@@ -252,27 +256,3 @@ def _run(report: Report) -> RunView:
         perplexity_after=report.perplexity_after,
         warnings=report.warnings,
     )
-
-
-def _steps(partition: Partition, sizes: Mapping[str, int], samples: int) -> tuple[StepView, ...]:
-    """The schedule of a calibration that observes and changes every `Linear` of the targets."""
-    program = TracedProgram(partition)
-    parts = program.parts(0)
-    targets = partition.traced.targets.names
-    linears = frozenset(
-        name
-        for name, module in partition.traced.model.named_modules()
-        if isinstance(module, nn.Linear) and any(name == t or name.startswith(f"{t}.") for t in targets)
-    )
-    plan = make_plan(parts, [Needs(linears, linears)], program.inputs(0), resident=False)
-    rows = max(sizes.get("batch", 1), 1)
-    graph = {node.name: value_of(partition.traced, node) for node in partition.traced.graph.nodes}
-    bytes_of = {name: (evaluate(value.bytes, sizes) or 0) * samples // rows for name, value in graph.items()}
-    weights = [weight_bytes(subgraph.modules) for subgraph in partition]
-    alive, steps = set(plan.inputs), []
-    for step in plan.steps:
-        alive |= set(step.writes)
-        stored = sum(bytes_of[name] for name in alive)
-        steps.append(StepView(str(step), step.kind, step.subgraph, stored, weights[step.subgraph]))
-        alive -= set(step.frees)
-    return tuple(steps)

@@ -16,6 +16,8 @@ FONT = "Helvetica"
 TIMES = "\N{MULTIPLICATION SIGN}"
 SPACE = "&#160;"
 """SVG drops plain spaces at the begin of a text."""
+ROOM = SPACE * 8
+"""Before another font on a line, whose place is fixed: the font that is shown may be wider than the one measured."""
 SHORT_TYPES = {
     "float64": "f64",
     "float32": "f32",
@@ -26,6 +28,8 @@ SHORT_TYPES = {
     "uint8": "u8",
     "int8": "i8",
 }
+LONGEST_SIZE = 24
+"""Characters of a size that is written out: those named after an input, such as `decoder_input_ids_0`, are."""
 CHAIN_LINES = 8
 """Longest chain of glue that is written out line by line."""
 
@@ -61,7 +65,7 @@ def shape_text(value: ValueView) -> str:
     """Dtype and shape as a label shows them, such as `bf16 [batch, sequence, 4096]`."""
     if value.shape is None:
         return ""
-    sizes = ", ".join(size if len(size) <= 18 else "…" for size in value.shape)
+    sizes = ", ".join(size if len(size) <= LONGEST_SIZE else "…" for size in value.shape)
     return f"{SHORT_TYPES.get(value.dtype, value.dtype)} [{sizes}]"
 
 
@@ -173,9 +177,7 @@ def _passed_on(drawing: Drawing, stretch: Stretch) -> str:
     inside = range(stretch.start, stretch.start + stretch.period)
     own = {box.id for box in drawing.boxes if box.cluster in inside}
     values = {str(v): v for a in drawing.arrows if a.loops and a.target in own for v in a.values if v.shape is not None}
-    lines = [
-        f"to the next: {_text(shape_text(v))}{SPACE * 2}<b>{format_bytes(v.bytes or 0)}</b>" for v in values.values()
-    ]
+    lines = [f"to the next: {_text(shape_text(v))}{ROOM}<b>{format_bytes(v.bytes or 0)}</b>" for v in values.values()]
     return "".join(f"<font point-size='10' color='{CROSSING}'>{line}</font><br align='left'/>" for line in lines)
 
 

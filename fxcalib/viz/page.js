@@ -232,6 +232,11 @@
     show({ ...box, x: middle.x - box.width / 2, y: middle.y - box.height / 2 });
   }
 
+  // modules inside of those that the graph calls: they have no box of their own
+  const inner = data.subgraphs.flatMap((part) => part.inside.map((module) => {
+    const holder = part.nodes.map((id) => nodes.get(id)).find((node) => node.type && module.name.startsWith(`${node.name}.`));
+    return { ...module, subgraph: part.index, holder };
+  }));
   const MOST = 60;
   function find() {
     const wanted = search.value.trim().toLowerCase();
@@ -240,11 +245,12 @@
     if (!wanted) return;
     const found = data.nodes.filter((node) => node.kind !== "constant" &&
       `${node.name} ${node.type} ${node.source} ${node.value.name}`.toLowerCase().includes(wanted));
+    found.push(...inner.filter(({ name, type }) => `${name} ${type}`.toLowerCase().includes(wanted)));
     results.append(make("p", { class: "muted", role: "status" }, `${found.length} found`));
     for (const node of found.slice(0, MOST)) {
       const place = node.subgraph === null ? "" : `subgraph ${node.subgraph}`;
       const button = make("button", { type: "button", class: "result" }, node.name,
-        make("small", {}, [place, node.type, shape(node.value), node.source].filter(Boolean).join(" · ")));
+        make("small", {}, [place, node.type, node.value && shape(node.value), node.source].filter(Boolean).join(" · ")));
       button.addEventListener("click", () => { if (node.subgraph !== null) { open(node.subgraph); } reach(node); });
       results.append(button);
     }
@@ -254,6 +260,7 @@
     if (drawn.length) bring(drawn[0]);
   }
   function drawnBox(node) {
+    if (node.holder) return drawnBox(node.holder);
     if (node.subgraph === null) return boxes.get(node.id.replaceAll(":", "/"));
     const stand = drawnAs.get(node.subgraph);
     const position = data.subgraphs[node.subgraph].nodes.indexOf(node.id);
@@ -338,10 +345,13 @@
   }
 
   const plots = make("div", { class: "plots" });
-  if (data.steps.length) {
-    $("below").append(bars(`Predicted memory of each step, with the activations of ${data.sizes.samples} samples`,
-      ["stored activations", "weights of the subgraph"], data.steps.map((step, i) => ({ label: `step ${i}: ${step.text}`,
-        values: [step.stored, step.weights], index: step.subgraph, tick: i })), bytes, Math.max(560, $("below").clientWidth - 32)));
+  if (data.memory) {
+    // in the order in which they are stacked
+    const order = ["weights", "file pages", "batches", "stored", "statistics", "working", "copies", "workspace"];
+    const held = order.filter((part) => data.memory.steps.some((step) => step.parts[part]));
+    $("below").append(data.memory.steps.length ? bars(data.memory.title, held, data.memory.steps.map((step, i) => ({
+      label: `step ${i}: ${step.text}`, values: held.map((part) => step.parts[part] ?? 0), index: step.subgraph, tick: i,
+    })), bytes, Math.max(560, $("below").clientWidth - 32)) : make("p", { class: "note" }, data.memory.title));
     $("below").lastElementChild.id = "timeline";
   }
   if (data.run) {
@@ -374,7 +384,6 @@
 
   function untraceable() {
     $("facts").textContent = `${data.type} · cannot be traced`;
-    search.closest(".tools").querySelectorAll("input").forEach((input) => input.remove());
     const failing = data.nodes.filter((node) => node.failing);
     details.replaceChildren(
       make("h2", {}, "Why it cannot be traced"),
@@ -385,8 +394,27 @@
       table(["name", "class", "#times", "#bytes"], data.nodes.map((n) => [
         n.name || ".", n.type, n.count > 1 ? `× ${n.count}` : "", bytes(n.bytes)])));
     start();
+    const drawn = new Map([...svg.querySelectorAll("g.node")].map((g) => [g.querySelector("title").textContent, g]));
+    const rows = [...details.querySelectorAll("tbody tr")];
+    search.addEventListener("input", () => {
+      const wanted = search.value.trim().toLowerCase();
+      const found = data.nodes.map((n) => wanted !== "" && `${n.name} ${n.type}`.toLowerCase().includes(wanted));
+      data.nodes.forEach((n, i) => {
+        rows[i].hidden = wanted !== "" && !found[i];
+        drawn.get(n.name || ".")?.classList.toggle("hit", found[i]);
+      });
+      results.replaceChildren(...(wanted ? [make("p", { class: "muted", role: "status" },
+        `${found.filter(Boolean).length} found`)] : []));
+      const first = data.nodes.find((n, i) => found[i]);
+      if (first) drawn.get(first.name || ".")?.scrollIntoView({ block: "nearest" });
+    });
     document.addEventListener("keydown", (event) => {
-      if (event.key === "+" || event.key === "=") zoom(0.75);
+      if (event.target === search) {
+        if (event.key === "Escape") { search.value = ""; search.dispatchEvent(new Event("input")); search.blur(); }
+        return;
+      }
+      if (event.key === "/") { event.preventDefault(); search.focus(); }
+      else if (event.key === "+" || event.key === "=") zoom(0.75);
       else if (event.key === "-") zoom(1 / 0.75);
       else if (event.key === "0") fit();
     });

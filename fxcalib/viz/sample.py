@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from fxcalib.caches import without_cache
 from fxcalib.errors import BatchError
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
@@ -58,9 +59,7 @@ class _Sampler:
             batch |= self._text()
         if "decoder_input_ids" in self._accepts and getattr(self._config, "is_encoder_decoder", False):
             batch["decoder_input_ids"] = self._ids(self._length)
-        if "use_cache" in self._accepts:
-            batch["use_cache"] = False
-        return batch
+        return dict(without_cache(self._model, batch))
 
     def _text(self) -> dict[str, Any]:
         token = _first(self._config, *IMAGE_TOKENS)

@@ -11,7 +11,7 @@ from fxcalib.report import plain
 
 Kind = Literal["input", "target", "module", "glue", "weight", "constant", "output"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON; it changes when a field is removed or changes its meaning."""
 
 
@@ -89,6 +89,14 @@ class MeasuredSubgraph:
 
 
 @dataclass(frozen=True)
+class InnerModule:
+    """A module inside of one that the graph calls."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
 class SubgraphView:
     """A stretch of the graph that runs in one go."""
 
@@ -96,6 +104,8 @@ class SubgraphView:
     targets: tuple[str, ...]
     modules: tuple[str, ...]
     """Qualified names of all modules it calls."""
+    inside: tuple[InnerModule, ...]
+    """The modules inside of those."""
     nodes: tuple[str, ...]
     """Ids of its nodes, in running order."""
     inputs: tuple[ValueView, ...]
@@ -113,15 +123,22 @@ class SubgraphView:
 
 @dataclass(frozen=True)
 class StepView:
-    """One step of the schedule and what memory it is predicted to hold, in bytes."""
+    """One step of the schedule and the most memory that it is predicted to hold at once."""
 
     text: str
     kind: str
     subgraph: int
-    stored: int
-    """Activations of all samples that are alive during the step."""
-    weights: int
-    """Weights of its subgraph."""
+    parts: Mapping[str, int]
+    """What for -> bytes, as `fxcalib plan` has them: weights, batches, stored, statistics, working, ..."""
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """The steps of a calibration."""
+
+    title: str
+    """Of what, where and for how many samples; or why there are no steps."""
+    steps: tuple[StepView, ...]
 
 
 @dataclass(frozen=True)
@@ -147,14 +164,15 @@ class GraphView:
     targets: tuple[str, ...]
     """The patterns that chose the sequential targets."""
     sizes: Mapping[str, int]
-    """The sizes at which bytes and operations are counted, and `samples`, how many samples the steps hold."""
+    """The sizes at which bytes and operations are counted."""
     parameters: int
     bytes: int
     subgraphs: tuple[SubgraphView, ...]
     nodes: tuple[NodeView, ...]
     edges: tuple[EdgeView, ...]
-    steps: tuple[StepView, ...]
     guards: tuple[str, ...]
+    memory: MemoryView | None = None
+    """None where it was not asked for."""
     run: RunView | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,12 +20,6 @@ def test_extremes_run_over_batches_and_skip_padding() -> None:
     assert statistic.qparams(INT8, FP32).scale.tolist() == pytest.approx([5 / 127.5])
 
 
-def test_groups_of_features_have_their_own_extremes() -> None:
-    statistic = MinMax(group_size=2)
-    statistic.add(torch.tensor([[1.0, -2.0, 30.0, 40.0], [3.0, 0.5, -7.0, 0.0]]), None)
-    assert [end.tolist() for end in statistic.extremes()] == [[-2.0, -7.0], [3.0, 40.0]]
-
-
 def test_a_clone_goes_its_own_way() -> None:
     for statistic in (MinMax(), Histogram(), Histogram(99.0)):
         statistic.add(torch.randn(10, 4), None)

@@ -94,6 +94,7 @@ def test_e2m1_rounds_to_its_sixteen_values() -> None:
 
 def test_e4m3_saturates_at_448() -> None:
     assert Grid("float", 8).round_(torch.tensor([1000.0, -1e9, 17.3])).tolist() == [448.0, -448.0, 18.0]
+    assert Grid("float", 6).round_(torch.tensor([9.0, -0.1, 3.6, 5.2, 1.1])).tolist() == [7.5, -0.125, 3.5, 5.0, 1.125]
 
 
 def test_min_max_follows_compressed_tensors() -> None:

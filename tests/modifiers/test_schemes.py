@@ -4,6 +4,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from layerwise import scope_of, tiny_llama
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError
 from fxcalib.modifiers import GPTQModifier, QuantizationModifier
@@ -80,7 +81,29 @@ def test_observers_can_be_chosen() -> None:
         ),
         ({"scheme": "NVFP4", "group_size": 64}, r"weights per tensor_group of 16, fixed by its format"),
         ({"scheme": "W4A16", "group_size": 0}, r"group size 0 must be at least 1"),
+        ({"scheme": "W4A16", "group_size": 64.0}, r"group size 64.0 must be a whole number of columns"),
         ({"scheme": "W4A16", "kv_cache_scheme": {}}, r"kv_cache_scheme is not supported yet"),
+        ({"scheme": {"weights": {"num_bits": 0}}}, r"num_bits of weights is 0; int formats have 2, 3, .*, 8 bits"),
+        ({"scheme": {"weights": {"num_bits": 1}}}, r"num_bits of weights is 1; int formats have 2, 3, .*, 8 bits"),
+        ({"scheme": {"weights": {"num_bits": 17}}}, r"num_bits of weights is 17; int formats"),
+        ({"scheme": {"weights": {"num_bits": 5, "type": "float"}}}, r"scheme cannot be read: Only num_bits in"),
+        (
+            {
+                "scheme": {
+                    "weights": {"num_bits": 8},
+                    "input_activations": {"num_bits": 8, "strategy": "group", "group_size": 32, "dynamic": False},
+                }
+            },
+            r"input_activations in groups cannot have static scales: .*; use dynamic=True",
+        ),
+        ({"scheme": 4}, r"scheme is 4; give a preset's name, such as 'W4A16'"),
+        ({"config_groups": {}}, r"config_groups is {}; give a dict of names to schemes, at least one"),
+        ({"scheme": "W4A16", "observer": 3}, r"observer is 3; give a name, such as 'mse'"),
+        ({"scheme": "W4A16", "weight_observer": 3}, r"observer of weights is 3; give a name"),
+        ({"scheme": "W4A16", "targets": None}, r"target is None; give a name, a class name or an 're:' pattern"),
+        ({"scheme": "W4A16", "targets": [1]}, r"target holds 1, a int; each must be a name"),
+        ({"scheme": "W4A16", "targets": []}, r"targets is empty, so nothing would be quantized"),
+        ({"scheme": "W4A16", "sequential_targets": 5}, r"sequential target is 5; give a name"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_at_once(arguments: dict[str, object], message: str) -> None:
@@ -93,6 +116,7 @@ def test_arguments_that_cannot_work_are_refused_at_once(arguments: dict[str, obj
     [
         ({"block_size": 0}, r"block_size 0 must be a whole number of columns"),
         ({"dampening_frac": -1}, r"dampening_frac -1 must be between 0 and 1"),
+        ({"dampening_frac": "a"}, r"dampening_frac 'a' must be between 0 and 1"),
         ({"actorder": "group"}, r"actorder 'group' was removed"),
         ({"actorder": "statik"}, r"unknown actorder 'statik': did you mean 'static'"),
     ],
@@ -116,6 +140,20 @@ def test_gptq_arguments_that_cannot_work(arguments: dict[str, object], message: 
 def test_targets_that_match_nothing(targets: str, ignore: list[str] | None, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         resolve(tiny_llama(), build_schemes(targets, "W4A16", None, group_size=32), ignore)
+
+
+@pytest.mark.parametrize("arguments", [{"targets": "re:("}, {"ignore": ["re:["]}])
+def test_patterns_that_are_no_regular_expression(arguments: dict[str, object]) -> None:
+    with pytest.raises(TargetError, match=r"is no regular expression: .* at character 1 behind 're:'; write special"):
+        QuantizationModifier(scheme="W4A16", **arguments)  # type: ignore[arg-type]
+
+
+def test_where_nothing_is_left_to_quantize_the_message_says_where_weights_are() -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, n_positions=16, vocab_size=32)
+    with pytest.raises(TargetError, match=r"most weights are in Conv1D \(9\d%\), and only Linear and Embedding"):
+        resolve(GPT2LMHeadModel(config), build_schemes("Linear", "W4A16", None))
+    with pytest.raises(TargetError, match=r"name other targets, or ignore less than \['Linear'\]"):
+        resolve(tiny_llama(), build_schemes("Linear", "W4A16", None), ["Linear"])
 
 
 def test_group_sizes_that_do_not_divide_name_layers_and_sizes() -> None:

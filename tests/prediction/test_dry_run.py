@@ -174,7 +174,6 @@ def test_other_pipelines(pipeline: str, passes: int, tiny: Path) -> None:
         ({"batch_size": 0}, OptionError, "batch_size is 0"),
         ({"offload": "nowhere"}, OptionError, "nowhere"),
         ({"device": "cuda:99"}, OptionError, "cuda:99"),
-        ({"pipeline": "layer_sequential"}, OptionError, "pipeline='sequential'"),
         ({"targets_per_subgraph": 0}, OptionError, "targets_per_subgraph"),
     ],
 )
@@ -198,10 +197,25 @@ def test_bad_models_and_outputs(tiny: Path, tmp_path: Path) -> None:
         plan(tiny, modifiers=modifiers, pipeline="independent")
 
 
+def test_layer_sequential_is_planned_as_sequential_and_says_so(tiny: Path) -> None:
+    chained, traced = plan(tiny, **OPTIONS, pipeline="layer_sequential"), plan(tiny, **OPTIONS)
+    assert chained.plan == traced.plan
+    assert (chained.pipeline, traced.note) == ("sequential", "")
+    assert "layer_sequential traces nothing and needs weights: this is the plan of sequential" in str(chained)
+
+
+def test_the_command_takes_what_quantize_takes_of_steps(tiny: Path) -> None:
+    arguments = ["plan", str(tiny), "--group-size", "32", "--samples", "4", "--seq-len", "16", "--json"]
+    more = ["--targets-per-subgraph", "2", "--no-propagate-error"]
+    both = [json.loads(CliRunner().invoke(cli.app, [*arguments, *given]).stdout) for given in ([], more)]
+    assert [len(data["subgraphs"]) for data in both] == [5, 3]
+    assert [data["passes"] for data in both] == [7, 2]
+
+
 KEYS = {
     *("model", "pipeline", "algorithm", "device", "dtype", "parameters", "weight_bytes", "samples", "batch_size"),
     *("batches", "seq_len", "padded", "inputs", "subgraphs", "moments", "moved", "disk_bytes", "saved_by_recomputing"),
-    *("flops", "seconds", "steps", "passes", "peaks"),
+    *("flops", "seconds", "steps", "passes", "peaks", "note"),
 }
 
 

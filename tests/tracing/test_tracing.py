@@ -8,12 +8,12 @@ from batches import assert_identical, state_of, token_batch
 from tiny_llama import tiny_llama
 from torch import nn
 from torch.fx.proxy import TraceError as FxTraceError
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.utils import import_utils
 
 from fxcalib import partition, trace
 from fxcalib.errors import BatchError, TargetError
-from fxcalib.tracing import TraceError, default_targets
+from fxcalib.tracing import GuardError, TraceError, default_targets
 
 
 def test_every_module_beside_the_glue_is_one_node() -> None:
@@ -96,8 +96,23 @@ class Branching(nn.Module):
         return self.layers[1](x)
 
 
+def test_a_branch_on_what_a_module_returns_is_held_while_the_graph_runs() -> None:
+    model = Branching().requires_grad_(False)
+    batches = [{"x": sign * torch.ones(2, 4)} for sign in (1, -1)]
+    parts = partition(trace(model, batches[0]))
+    assert any("x.sum() > 0" in guard.source for guard in parts.traced.guards)
+    for batch in batches:
+        assert torch.equal(parts.run(batch), model(batch["x"]))
+    assert parts.variants.retraces == 1
+    bound = parts.traced.bind(batches[0])
+    model.layers[0].weight.neg_()
+    model.layers[0].bias.neg_()
+    with pytest.raises(GuardError, match=r"this batch takes another way\. Calibrate with pipeline='layer_sequential'"):
+        parts[0].run(bound.inputs, bound.signature)
+
+
 def test_failure_names_the_line_and_restores_everything() -> None:
-    model = Branching()
+    model = Branching().to("meta")
     call, fake = nn.Module.__call__, import_utils.is_fake_tensor
     with pytest.raises(FxTraceError) as caught:
         trace(model, {"x": torch.randn(2, 4)})
@@ -107,7 +122,7 @@ def test_failure_names_the_line_and_restores_everything() -> None:
     assert nn.Module.__call__ is call
     assert import_utils.is_fake_tensor is fake
     assert isinstance(model.layers[0].weight, nn.Parameter)
-    assert model(torch.ones(1, 4)).shape == (1, 4)
+    assert model.layers[0].weight.is_meta
 
 
 def test_an_error_of_the_forward_is_a_trace_error_with_its_line() -> None:
@@ -190,3 +205,131 @@ def test_tracing_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 4)
     with torch.no_grad():
         assert torch.equal(parts.run({"input": x}), model(x))
+
+
+def test_contiguous_is_recorded_where_the_real_tensor_is_not() -> None:
+    class Permuting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Conv2d(4, 4, 3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layers[0](x).permute(0, 2, 1).reshape(x.shape[0], -1, 6, 6).contiguous()
+            return self.layers[1](x)
+
+    parts = partition(trace(Permuting(), {"x": torch.randn(2, 36, 4)}, ["Linear", "Conv2d"]))
+    assert any("contiguous" in str(node.target) for node in parts.traced.graph.nodes)
+
+
+def test_random_numbers_are_those_of_the_model_after_a_new_trace() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layers[0](x) + torch.rand(4)
+            return self.layers[1](-x if (x > 0).any() else x)
+
+    model = Noisy()
+    parts = partition(trace(model, {"x": torch.full((1, 4), 100.0)}))
+    for value in (100.0, -100.0):
+        torch.manual_seed(1)
+        expected = model(torch.full((1, 4), value))
+        torch.manual_seed(1)
+        assert torch.equal(parts.run({"x": torch.full((1, 4), value)}), expected)
+
+
+class Counting(nn.Module):
+    """Numbers that depend on data: as sizes, in lists, as keys, and one that is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        kept = x[lengths > 1]
+        parts = torch.split(x.flatten(0, 1), [*lengths.tolist(), x.shape[0] * x.shape[1] - int(lengths.sum())])
+        scale = {1: 1.0, 2: 2.0, 3: 3.0}[int(lengths.max())]
+        x = self.layers[0](x) * scale + sum(part.sum() for part in parts) + kept.sum() + kept.shape[0]
+        return self.layers[1](x)
+
+
+def test_numbers_that_depend_on_data_are_guarded() -> None:
+    model = Counting()
+    parts = partition(trace(model, {"x": torch.randn(2, 3, 4), "lengths": torch.tensor([1, 2])}))
+    assert any("scale = " in guard.source for guard in parts.traced.guards)
+    for lengths in ([1, 2], [2, 1], [3, 1], [1, 1]):
+        batch = {"x": torch.randn(2, 3, 4), "lengths": torch.tensor(lengths)}
+        assert torch.equal(parts.run(batch), model(**batch))
+
+
+class Experts(nn.Module):
+    """Tokens are sorted by what a router says: sizes inside are known only when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.router(x).argmax(-1)
+        result = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            at = (chosen == index).nonzero(as_tuple=True)
+            result[at] = self.experts[index](x[at])
+        return result
+
+
+def test_opaque_modules_that_cannot_run_on_fakes() -> None:
+    model = nn.Sequential(*[Experts() for _ in range(3)])
+    parts = partition(trace(model, {"input": torch.randn(2, 5, 4)}, "Experts"))
+    assert [subgraph.targets for subgraph in parts] == [("0",), ("1",), ("2",)]
+    for shape in ((2, 5, 4), (3, 7, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(parts.run({"input": x}), model(x))
+    traced = trace(nn.Sequential(*[Experts() for _ in range(2)]).to("meta"), {"input": torch.randn(2, 5, 4)}, "Experts")
+    assert len(partition(traced)) == 2
+
+
+@pytest.mark.parametrize("targets", [None, "Linear"])
+def test_caches_come_back_as_the_model_returns_them(targets: str | None) -> None:
+    config = MistralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, pad_token_id=0,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    batch = token_batch(2, 12)
+    parts = partition(trace(model, batch, targets))
+    expected, actual = model(**batch), parts.run(batch)
+    assert_identical(actual.logits, expected.logits)
+    assert type(actual.past_key_values) is type(expected.past_key_values)
+    for ours, theirs in zip(actual.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert type(ours) is type(theirs)
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_a_dimension_of_one_that_is_broadcast() -> None:
+    model = tiny_llama()
+    batch = {**token_batch(2, 9), "position_ids": torch.arange(9)[None], "use_cache": False}
+    parts = partition(trace(model, batch))
+    assert_identical(parts.run(batch), model(**batch))
+
+
+def test_targets_that_are_entered_past_their_call() -> None:
+    class Entering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer.forward(x)
+            return x
+
+    model = Entering()
+    parts = partition(trace(model, {"x": torch.randn(2, 4)}, "Linear"))
+    assert [subgraph.targets for subgraph in parts] == [("layers.0",), ("layers.1",)]
+    assert "forward" not in vars(model.layers[0])
+    x = torch.randn(3, 4)
+    assert torch.equal(parts.run({"x": x}), model(x))

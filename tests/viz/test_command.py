@@ -221,7 +221,7 @@ class TestSampleBatches:
     def test_image_and_text(self) -> None:
         with torch.device("meta"):
             model = BlipForConditionalGeneration(BlipConfig())
-        assert set(viz.sample_batch(model)) == {"pixel_values", "input_ids", "attention_mask"}
+        assert set(viz.sample_batch(model)) == {"pixel_values", "input_ids", "attention_mask", "use_cache"}
 
     def test_what_is_no_transformers_model(self) -> None:
         with pytest.raises(BatchError, match=r"Linear has no transformers config .* give --batch"):

@@ -12,17 +12,19 @@ from tiny_llama import tiny_llama
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from fxcalib import viz
+from fxcalib.api import plan
 from fxcalib.partitioning import Partition, partition
 from fxcalib.report import Report
 from fxcalib.tracing import trace
+from fxcalib.viz.dot import shape_text
 from fxcalib.viz.drawing import draw
 from fxcalib.viz.folding import Stretch, stretches
-from fxcalib.viz.view import GraphView
+from fxcalib.viz.view import GraphView, ValueView
 
 
 @pytest.fixture(scope="module")
 def view(llama: Partition, report: Report) -> GraphView:
-    return viz.describe(llama, report, samples=10)
+    return viz.describe(llama, report)
 
 
 def test_counts_are_those_of_the_model(view: GraphView, llama: Partition) -> None:
@@ -81,20 +83,41 @@ def test_measurements_go_with_their_subgraph(view: GraphView) -> None:
     assert view.subgraphs[6].measured is None
 
 
-def test_steps_hold_what_is_alive(view: GraphView) -> None:
-    hidden = 16 * 64 * 4
-    steady = next(step for step in view.steps if step.text.startswith("calibrate") and step.subgraph == 3)
-    rotary = 2 * 16 * 16 * 4
-    # one hidden state a sample, and the rotary tables, which a batch of two samples shares
-    assert steady.stored == 10 * (hidden + rotary // 2)
-    assert steady.weights == view.subgraphs[3].bytes
-    passing = next(step for step in view.steps if step.text.startswith("propagate") and step.subgraph == 3)
-    assert passing.stored == steady.stored + 10 * hidden
+def test_the_memory_of_the_steps_is_that_of_the_plan(llama: Partition) -> None:
+    batch = token_batch(2, 16, use_cache=False)
+    memory = viz.predict_memory(llama, batch, samples=10, device="cpu")
+    model = tiny_llama(num_hidden_layers=6)
+    planned = plan(model, group_size=64, samples=10, batch_size=2, seq_len=16, device="cpu", writes=False)
+    assert [step.text for step in memory.steps] == [str(step) for step in planned.plan.steps]
+    assert [step.parts for step in memory.steps] == [dict(m.host) for m in planned.moments if m.step is not None]
+    groups = "in groups of 64"  # the widths are 64 and 128
+    assert memory.title == f"Predicted host memory of each step of GPTQ to W4A16 {groups} on cpu, 10 samples"
+    assert not hasattr(llama.traced.model.model.layers[0].mlp.up_proj, "weight_scale")
+
+
+def test_memory_that_cannot_be_predicted_says_why(llama: Partition) -> None:
+    batch = {"input_ids": torch.full((2, 16), 10_000)}
+    memory = viz.predict_memory(llama, batch, samples=10, device="cpu")
+    assert memory.steps == ()
+    assert memory.title.startswith("The memory of the steps was not predicted: ")
+    assert "10000" in memory.title
+
+
+def test_the_modules_inside_of_a_target_are_known(view: GraphView) -> None:
+    inside = {module.name: module.type for module in view.subgraphs[3].inside}
+    assert inside["model.layers.3.mlp.up_proj"] == "Linear"
+    assert "model.layers.3" not in inside
+
+
+def test_sizes_named_after_an_input_are_written_out() -> None:
+    sizes = ("batch", "decoder_input_ids_0", "a_name_of_more_than_24_letters")
+    value = ValueView("x", "float32", sizes, "", 0)
+    assert shape_text(value) == "f32 [batch, decoder_input_ids_0, …]"
 
 
 def test_json_holds_everything(view: GraphView) -> None:
     data = json.loads(view.to_json())
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert len(data["nodes"]) == len(view.nodes)
     assert data["subgraphs"][1]["same_as"] == 1
     assert data["subgraphs"][4]["same_as"] == 1

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from batches import token_batch
 from hostile import EVIL
+from tiny_llama import tiny_llama
 from torch import nn
 
 from fxcalib import viz
-from fxcalib.partitioning import Partition
+from fxcalib.partitioning import Partition, partition
 from fxcalib.report import Report
 from fxcalib.tracing import TraceError, trace
 from fxcalib.viz.page import embedded_json
@@ -24,7 +26,8 @@ Open = Callable[..., Any]
 @pytest.fixture(scope="module")
 def page(llama: Partition, report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "graph.html"
-    return viz.save(viz.describe(llama, report, name=EVIL), path)
+    memory = viz.predict_memory(llama, token_batch(2, 16, use_cache=False), samples=8, device="cpu")
+    return viz.save(viz.describe(llama, report, name=EVIL, memory=memory), path)
 
 
 @pytest.fixture
@@ -80,7 +83,12 @@ def test_it_renders_and_says_what_it_shows(open_page: Open) -> None:
     shown = _one(browser, "#picture > svg").rect
     assert shown["width"] > 400
     assert shown["height"] > 400
-    assert len(_all(browser, "#timeline .bar")) == 29  # five steps a layer, the last one propagates nothing
+    assert len(_all(browser, "#timeline .bar")) == 17  # three steps a layer, the last one propagates nothing
+    assert _one(browser, "#timeline h3").text == (
+        "Predicted host memory of each step of GPTQ to W4A16 in groups of 64 on cpu, 8 samples"
+    )
+    legend = [part.text for part in _all(browser, "#timeline .legend span")]
+    assert legend == ["weights", "batches", "stored", "statistics", "working"]
     _no_complaints(browser)
 
 
@@ -118,7 +126,7 @@ def test_search_finds_and_marks(open_page: Open) -> None:
 
     browser = open_page()
     _type(browser, "/")
-    _type(browser, "layers.4")
+    _type(browser, "layers_4")
     assert _one(browser, "#results p").text == "1 found"
     assert [e.get_attribute("class") for e in _all(browser, "#picture .hit")] == ["node target hit"]
     _type(browser, Keys.ENTER)
@@ -126,6 +134,14 @@ def test_search_finds_and_marks(open_page: Open) -> None:
     _type(browser, Keys.ESCAPE)
     assert _all(browser, "#picture .hit") == []
     assert _one(browser, "#search").get_attribute("value") == ""
+    _type(browser, "/")
+    _type(browser, "layers.4.mlp.up_proj")
+    assert _one(browser, "#results p").text == "1 found"
+    assert [e.get_attribute("class") for e in _all(browser, "#picture .hit")] == ["node target hit"]
+    assert "Linear" in _one(browser, "#results button").text
+    _type(browser, Keys.ENTER)
+    assert "model.layers.4" in _one(browser, "#details").text
+    _type(browser, Keys.ESCAPE)
     _type(browser, "/")
     _type(browser, "no such thing")
     assert _one(browser, "#results p").text == "0 found"
@@ -148,7 +164,7 @@ def test_the_keyboard_reaches_everything(open_page: Open) -> None:
     _type(browser, Keys.ESCAPE)
     assert browser.switch_to.active_element.get_attribute("id") == "subgraph-6"
     _one(browser, "#timeline .bar").send_keys(Keys.ARROW_RIGHT)
-    assert browser.switch_to.active_element.get_attribute("aria-label").startswith("step 1: calibrate")
+    assert browser.switch_to.active_element.get_attribute("aria-label").startswith("step 1: commit")
     _type(browser, Keys.ENTER)
     assert "Subgraph 0" in _one(browser, "#details h2").text
     _no_complaints(browser)
@@ -221,12 +237,30 @@ class _Stuck(nn.Module):
 
 def test_the_page_of_an_untraceable_model(open_page: Open, tmp_path: Path) -> None:
     import torch
+    from selenium.webdriver.common.keys import Keys
 
-    model = _Stuck()
+    with torch.device("meta"):  # no value can be known
+        model = _Stuck()
     with pytest.raises(TraceError) as caught:
         trace(model, {"x": torch.zeros(2, 4)}, ["Linear"])
     path = viz.save(viz.describe_failure(model, caught.value), tmp_path / "stuck.html")
     browser = open_page(path)
     assert "x.sum() > 0" in _one(browser, "#details").text
     assert len(_all(browser, "#picture .failing")) == 1
+    _type(browser, "/")
+    _type(browser, "head")
+    assert _one(browser, "#results p").text == "1 found"
+    assert len(_all(browser, "#picture .hit")) == 1
+    assert [row.text.split()[0] for row in _all(browser, "#details tbody tr") if row.is_displayed()] == ["head"]
+    _type(browser, Keys.ESCAPE)
+    assert _all(browser, "#picture .hit") == []
+    assert all(row.is_displayed() for row in _all(browser, "#details tbody tr"))
     _no_complaints(browser)
+
+
+def test_numbers_of_subgraphs_do_not_wrap(browser: Any, tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=11)
+    parts = partition(trace(model, token_batch(1, 8, use_cache=False)))
+    browser.get(viz.save(viz.describe(parts), tmp_path / "many.html").as_uri())
+    heights = {button.text: button.size["height"] for button in _all(browser, "#details [data-open]")}
+    assert heights["10"] == heights["9"]

@@ -1,0 +1,106 @@
+"""Runs a module that cannot run on fake tensors on small real tensors in their place, for the sizes of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcalib.tracing.errors import TraceError
+from fxcalib.tracing.sizes import Sizes
+from fxcalib.tracing.structure import flatten, is_symbolic, unflatten
+from fxcalib.tracing.torch_private import DisablePythonDispatcher, FakeTensor, unset_fake_temporarily
+
+
+def run_on_stand_ins(
+    run: Callable[..., Any],
+    module: nn.Module | None,
+    args: Any,
+    kwargs: Any,
+    *,
+    sizes: Sizes,
+    known: Callable[[torch.Tensor], torch.Tensor | None],
+    buffers: Mapping[int, torch.Tensor],
+) -> Any:
+    """The result of `run(*args, **kwargs)` on fakes, found by running it on real tensors of the hinted sizes.
+
+    Arguments that `known` knows are themselves, all others are noise (floating point), zero (integers) or true; weights
+    take no memory. A size of the result is that of an argument which has the same number of elements there; replay
+    holds every result against it.
+    """
+    leaves, structure = flatten((args, kwargs))
+    with unset_fake_temporarily(), DisablePythonDispatcher(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        real_args, real_kwargs = unflatten(structure, *(_materialize(leaf, sizes, known) for leaf in leaves))
+        with _stand_in_weights(module, buffers):
+            real, spec = flatten(run(*real_args, **real_kwargs))
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, FakeTensor)), torch.device("cpu"))
+    given = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+    return unflatten(spec, *(_fake(value, given, sizes, device) for value in real))
+
+
+def _materialize(leaf: Any, sizes: Sizes, known: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    if is_symbolic(leaf):
+        value = sizes.known(leaf.node.expr)
+        if value is None:
+            raise TraceError(f"the size {leaf} is not known while tracing")
+        return bool(value) if isinstance(leaf, torch.SymBool) else value
+    if not isinstance(leaf, FakeTensor):
+        return leaf
+    value = known(leaf)
+    if value is not None:
+        return value.to("cpu", copy=True)
+    shape = [_number(size, sizes) for size in leaf.shape]
+    if leaf.is_floating_point():
+        return torch.randn(shape).mul_(0.1).to(leaf.dtype)
+    return torch.ones(shape, dtype=leaf.dtype) if leaf.dtype == torch.bool else torch.zeros(shape, dtype=leaf.dtype)
+
+
+def _number(size: Any, sizes: Sizes) -> int:
+    value = sizes.known(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
+    if value is None:
+        raise TraceError(f"the size {size} is not known while tracing")
+    return int(value)
+
+
+@contextmanager
+def _stand_in_weights(module: nn.Module | None, buffers: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """Real tensors in the place of fake weights: one number each, seen in the weight's shape."""
+    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    for owner in module.modules() if module is not None else ():
+        groups: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for group in groups:
+            for key, tensor in group.items():
+                if isinstance(tensor, FakeTensor):
+                    replaced.append((group, key, tensor))
+    made: dict[int, torch.Tensor] = {}
+    for group, key, tensor in replaced:
+        if id(tensor) not in made:
+            real = buffers.get(id(tensor))
+            small = torch.full((), 0.01).to(tensor.dtype).expand(tuple(tensor.shape))
+            made[id(tensor)] = small if real is None or real.is_meta else real.cpu()
+        group[key] = made[id(tensor)]
+    try:
+        yield
+    finally:
+        for group, key, tensor in replaced:
+            group[key] = tensor
+
+
+def _fake(value: Any, given: list[FakeTensor], sizes: Sizes, device: torch.device) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [_symbolic(n, d, value.ndim, given, sizes) for d, n in enumerate(value.shape)]
+    return torch.empty(shape, dtype=value.dtype, device=device)
+
+
+def _symbolic(number: int, dim: int, ndim: int, given: list[FakeTensor], sizes: Sizes) -> Any:
+    """The size of an argument that is `number`: first at the same place, then anywhere."""
+    places = [(t.shape[dim], True) for t in given if t.ndim == ndim]
+    places += [(size, False) for t in given for size in t.shape]
+    for size, _ in places:
+        if isinstance(size, torch.SymInt) and _number(size, sizes) == number:
+            return size
+    return number
