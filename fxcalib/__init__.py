@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from fxcalib.api import calibrate, plan, quantize
     from fxcalib.arguments import DatasetArguments
     from fxcalib.evaluation import Evaluation, evaluate
+    from fxcalib.explanation import Explanation, explain
     from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
     from fxcalib.partitioning import Partition, Subgraph, partition
     from fxcalib.report import Report
     from fxcalib.tracing import TracedModel, TraceError, trace
+    from fxcalib.tracing.patching import wrap, wrapped
 
 _HOME = {
     "calibrate": "fxcalib.api",
@@ -26,6 +28,8 @@ _HOME = {
     "DatasetArguments": "fxcalib.arguments",
     "Evaluation": "fxcalib.evaluation",
     "evaluate": "fxcalib.evaluation",
+    "Explanation": "fxcalib.explanation",
+    "explain": "fxcalib.explanation",
     "GPTQModifier": "fxcalib.modifiers",
     "Modifier": "fxcalib.modifiers",
     "QuantizationModifier": "fxcalib.modifiers",
@@ -36,11 +40,14 @@ _HOME = {
     "TraceError": "fxcalib.tracing",
     "TracedModel": "fxcalib.tracing",
     "trace": "fxcalib.tracing",
+    "wrap": "fxcalib.tracing.patching",
+    "wrapped": "fxcalib.tracing.patching",
 }
 
 __all__ = [
     "DatasetArguments",
     "Evaluation",
+    "Explanation",
     "GPTQModifier",
     "Modifier",
     "Partition",
@@ -51,10 +58,13 @@ __all__ = [
     "TracedModel",
     "calibrate",
     "evaluate",
+    "explain",
     "partition",
     "plan",
     "quantize",
     "trace",
+    "wrap",
+    "wrapped",
 ]
 
 

@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy() -> None:
         "try:\n    fxcalib.cli.main()\n"
         f"finally:\n    print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
     )
-    for arguments in (["--help"], ["quantize", "--help"], ["eval", "--help"], ["--version"]):
+    for arguments in (["--help"], ["quantize", "--help"], ["eval", "--help"], ["trace", "--help"], ["--version"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert done.stderr.splitlines()[-1] == "[]", arguments
 

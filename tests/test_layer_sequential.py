@@ -19,10 +19,10 @@ from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPTJConfig,
-    GPTJForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -155,11 +155,16 @@ def sliding_window() -> Gemma3ForCausalLM:
     return Gemma3ForCausalLM(config)
 
 
-def parallel_attention() -> GPTJForCausalLM:
-    config = GPTJConfig(
-        vocab_size=128, n_embd=64, n_layer=3, n_head=4, rotary_dim=8, n_positions=64, bos_token_id=1, eos_token_id=2
+def parallel_attention() -> PhiForCausalLM:
+    config = PhiConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
     )
-    return GPTJForCausalLM(config)
+    return PhiForCausalLM(config)
 
 
 def learned_positions() -> OPTForCausalLM:

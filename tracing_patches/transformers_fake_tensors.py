@@ -11,29 +11,15 @@ When it can go: when `is_tracing` no longer asks `is_fake_tensor`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from tracing_patches import Glue
+from fxcalib.tracing.patching import Glue, Patch
 
 
-@contextmanager
-def fake_tensors_are_data(glue: Glue) -> Iterator[None]:
-    """Make `is_fake_tensor` answer False in the glue."""
-    module = sys.modules.get("transformers.utils.import_utils")
-    if module is None:
-        yield
-        return
-    original = module.is_fake_tensor
+def _seen_in_modules_only(glue: Glue, original: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    return not glue.in_glue and bool(original(*args, **kwargs))
 
-    def is_fake_tensor(x: object) -> bool:
-        return not glue.in_glue and bool(original(x))
 
-    module.is_fake_tensor = is_fake_tensor  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.is_fake_tensor = original  # type: ignore[attr-defined]
+fake_tensors_are_data = Patch("transformers.utils.import_utils:is_fake_tensor", _seen_in_modules_only)
+"""Makes `is_fake_tensor` answer False in the glue."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -91,18 +92,26 @@ def _calls(model: nn.Module, watched: Mapping[str, nn.Module], batch: Mapping[st
 
 @contextmanager
 def _counting(watched: Mapping[str, nn.Module], calls: Counter[str]) -> Iterator[None]:
-    def counter(name: str) -> Any:
-        def count(module: nn.Module, inputs: Any) -> None:
+    """Count forwards, not calls: some models enter layers through their `forward`."""
+
+    def counted(name: str, forward: Any) -> Any:
+        @wraps(forward)
+        def count(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
+            return forward(*args, **kwargs)
 
         return count
 
-    handles = [module.register_forward_pre_hook(counter(name)) for name, module in watched.items()]
+    own = {name: module.__dict__.get("forward") for name, module in watched.items()}
+    for name, module in watched.items():
+        module.__dict__["forward"] = counted(name, module.forward)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for name, module in watched.items():
+            del module.__dict__["forward"]
+            if own[name] is not None:
+                module.__dict__["forward"] = own[name]
 
 
 def _stacks(model: nn.Module, called: Counter[str] | None, least_parts: int) -> list[_Stack]:

@@ -17,7 +17,7 @@ from torch import fx
 
 from fxcalib.partitioning.subgraph import Subgraph, describe, leaf_values
 from fxcalib.tracing import TracedModel
-from fxcalib.tracing.graph import has_effect, is_check
+from fxcalib.tracing.graph import has_effect, is_call, is_check
 from fxcalib.tracing.torch_private import StorageWeakRef
 
 _HEAVY = ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "einsum", "scaled_dot_product_attention", "convolution")
@@ -41,7 +41,7 @@ class Stages:
         self._available = self._availability()
 
     def _writes_of(self, node: fx.Node) -> list[fx.Node]:
-        if node.op == "call_module":
+        if is_call(node):
             return self._traced.recording.mutated_by.get(node, [])
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             schema = node.target._schema.arguments
@@ -69,7 +69,7 @@ class Stages:
             touched = {s for i in node.all_input_nodes for s in self._storages[i]} | writes
             objects = {("object", i) for i in node.all_input_nodes if self._holds_object(i)}
             for key in (touched & changed) | objects:
-                writing = key in writes or (key in objects and node.op == "call_module")
+                writing = key in writes or (key in objects and is_call(node))
                 for earlier, wrote in accesses[key]:
                     if (writing or wrote) and earlier is not node:
                         graph.add_edge(earlier, node)
@@ -77,7 +77,7 @@ class Stages:
         return graph
 
     def _holds_object(self, node: fx.Node) -> bool:
-        return node.op == "call_function" and has_effect(node) and "val" not in node.meta
+        return node.op == "call_function" and has_effect(node) and not is_call(node) and "val" not in node.meta
 
     def _place(self, targets: dict[fx.Node, int]) -> dict[fx.Node, int]:
         """Stage of every fixed node: the first that needs it; what follows the last target has a stage of its own."""

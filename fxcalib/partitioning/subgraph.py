@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxcalib.tracing import GuardError, TracedModel
+from fxcalib.tracing.torch_private import FakeTensor
 
 Instruction = Callable[[dict[fx.Node, Any], tuple[Any, ...]], Any]
 """Computes one node from the values of its inputs and the signature of the batch."""
@@ -140,17 +141,22 @@ def _instruction(traced: TracedModel, node: fx.Node, module: nn.Module | None) -
             return result
 
         return call
-    target = node.target
+    target, wrapped = node.target, traced.leaf_checks.get(node)
     assert callable(target)
 
     def glue(env: dict[fx.Node, Any], signature: tuple[Any, ...]) -> Any:
         args, kwargs = arguments(env)
         try:
-            return target(*args, **kwargs)
+            result = target(*args, **kwargs)
         except GuardError:
             raise
         except Exception as error:
+            if wrapped is not None and any(isinstance(value, FakeTensor) for value in leaf_values((args, kwargs))):
+                return traced.recording.shape_guards.example(wrapped, signature, traced.device)
             raise GuardError(f"{node.name} ({target}) fails on this batch: {error}") from error
+        if wrapped is not None:
+            traced.recording.shape_guards.check_leaf(wrapped, result, signature)
+        return result
 
     return glue
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sysconfig
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -18,8 +19,49 @@ _HERE = str(Path(__file__).parent)
 _STDLIB = sysconfig.get_paths()["stdlib"]
 
 
+@dataclass(frozen=True)
+class Location:
+    """A line of the model that was running, in the method of one of its modules or in a function."""
+
+    file: str
+    line: int
+    function: str
+    """Name of the function, without its class or module."""
+    text: str
+    """The line itself, without indentation."""
+    module: str = ""
+    """Qualified name of the submodule whose method it is; empty for functions and for the model's own methods."""
+    importable: str | None = None
+    """Where the function can be imported from, as `package.module:Class.name`; None for local functions."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}: {self.text}"
+
+
 class TraceError(FxcalibError, FxTraceError):
     """The model's forward did something that cannot be recorded; the message carries the model's source line."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = "operation that cannot be recorded",
+        calls: tuple[Location, ...] = (),
+        values: tuple[str, ...] = (),
+    ) -> None:
+        """Say `message`; the rest is for `fxcalib.explain`."""
+        super().__init__(message)
+        self.kind = kind
+        """What sort of problem it is, such as `data-dependent branch`."""
+        self.calls = calls
+        """The lines of the model that were running, from the outermost to the one that failed."""
+        self.values = values
+        """Tensors of the failing line as `name: dtype[symbolic sizes]`."""
+
+    @property
+    def location(self) -> Location | None:
+        """The line of the model that cannot be traced, where there is one."""
+        return self.calls[-1] if self.calls else None
 
 
 class GuardError(TraceError):
@@ -27,8 +69,8 @@ class GuardError(TraceError):
 
 
 def is_model_code(filename: str) -> bool:
-    """Whether a source file belongs to the model: not to torch, this package or the interpreter itself."""
-    if filename.startswith("<") or filename.startswith((_TORCH, _HERE)):
+    """Whether a source file belongs to the model: not to torch, numpy, this package or the interpreter itself."""
+    if filename.startswith("<") or filename.startswith((_TORCH, _HERE)) or "/site-packages/numpy/" in filename:
         return False
     return not (filename.startswith(_STDLIB) and "site-packages" not in filename)
 

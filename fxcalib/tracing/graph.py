@@ -67,10 +67,14 @@ class GraphTracer(PythonKeyTracer):
         path = self.weights.get(id(tensor))
         if path is None:
             if isinstance(tensor, FakeTensor):
-                raise TraceError(f"a tensor of shape {tuple(tensor.shape)} was made where it could not be recorded")
+                raise TraceError(
+                    f"a tensor of shape {tuple(tensor.shape)} was made where it could not be recorded",
+                    kind="tensor that was not recorded",
+                )
             if tensor.numel() > 1 and not self._literal and id(tensor) not in self.existing:
                 raise TraceError(
-                    f"a real tensor of shape {tuple(tensor.shape)} that was made while tracing would be baked in"
+                    f"a real tensor of shape {tuple(tensor.shape)} that was made while tracing would be baked in",
+                    kind="real tensor baked in",
                 )
             path = self._constant(tensor)
             self.weights[id(tensor)] = path
@@ -87,10 +91,12 @@ class GraphTracer(PythonKeyTracer):
             known, node, state = self._objects[id(value)]
             if state != _state(known):
                 raise TraceError(
-                    f"a {type(value).__name__} is changed between two modules that it is passed to: not recorded"
+                    f"a {type(value).__name__} is changed between two modules that it is passed to: not recorded",
+                    kind="mutated object",
                 )
             return node
         if is_mutable(value):
+            self._refuse_real(value)
             template, fakes = template_of(value)
             path = self._constant(template)
             made = [self._node_of(held, type(value).__name__) for held in fakes]
@@ -102,6 +108,17 @@ class GraphTracer(PythonKeyTracer):
         self._objects[id(value)] = (value, node, _state(value))
         return node
 
+    def _refuse_real(self, value: object) -> None:
+        for held in _held(value):
+            if not isinstance(held, torch.Tensor) or isinstance(held, FakeTensor):
+                continue
+            if held.numel() > 1 and id(held) not in self.existing:
+                raise TraceError(
+                    f"a {type(value).__name__} holds a real tensor of shape {tuple(held.shape)} that was made while "
+                    "tracing and would be baked in",
+                    kind="real tensor baked in",
+                )
+
     def _node_of(self, fake: Any, holder: str) -> fx.Node:
         slot: Any = None if is_symbolic(fake) else get_proxy_slot(fake, self, None)
         proxy: Any = fetch_sym_proxy(self)(fake) if is_symbolic(fake) else getattr(slot, "proxy", None)
@@ -109,7 +126,9 @@ class GraphTracer(PythonKeyTracer):
             return proxy.node
         if id(fake) in self.weights:
             return self._tensor(fake)
-        raise TraceError(f"a {holder} holds {fake}, which was made in a module that it was passed to")
+        raise TraceError(
+            f"a {holder} holds {fake}, which was made in a module that it was passed to", kind="mutated object"
+        )
 
     def settle(self, values: Iterable[object]) -> None:
         """Take objects among `values` as a module has left them: it does the same to them in replay."""
@@ -181,13 +200,23 @@ def is_check(node: fx.Node) -> bool:
     return isinstance(getattr(node.target, "__self__", None), ValueGuard)
 
 
+def is_wrapped(node: fx.Node) -> bool:
+    """Whether `node` calls a function that was wrapped as one operation."""
+    return "wrapped" in node.meta
+
+
+def is_call(node: fx.Node) -> bool:
+    """Whether `node` calls model code that the graph does not look into: a module or a wrapped function."""
+    return node.op == "call_module" or is_wrapped(node)
+
+
 def has_effect(node: fx.Node) -> bool:
-    """Whether running `node` does more than compute its value: module calls, in-place and random operations."""
+    """Whether running `node` does more than compute its value: opaque calls, in-place and random operations."""
     if node.op != "call_function":
         return node.op != "get_attr"
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         # a mutable object is made once: every reader has to see the same copy
-        return target is instantiate or is_check(node)
+        return target is instantiate or is_check(node) or is_wrapped(node)
     assertion = target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
     return assertion or target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags

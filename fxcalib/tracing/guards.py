@@ -9,7 +9,7 @@ what it looked like when traced, while it runs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,26 @@ class InputSpec:
     """Readable path of each leaf, such as `input_ids`."""
     values: tuple[Any, ...]
     """Each leaf as traced: a fake tensor with symbolic sizes, or the constant that was baked in."""
+
+    def symbols(self, expression: Callable[[Any], sympy.Expr]) -> dict[sympy.Symbol, sympy.Symbol]:
+        """Readable names of the symbolic sizes that `expression` gives for the sizes of the inputs.
+
+        `batch` and `sequence` for the first input of two or more dimensions, else input and dimension.
+        """
+        named: dict[sympy.Symbol, sympy.Symbol] = {}
+        taken: set[str] = set()
+        for name, value in zip(self.names, self.values, strict=True):
+            if not isinstance(value, torch.Tensor):
+                continue
+            for dim, size in enumerate(value.shape):
+                found = expression(size)
+                if not isinstance(found, sympy.Symbol) or found in named:
+                    continue
+                wanted = ("batch", "sequence")[dim] if dim < 2 and value.ndim <= 2 else f"{name}_{dim}"
+                label = wanted if wanted not in taken else f"{name}_{dim}"
+                taken.add(label)
+                named[found] = sympy.Symbol(label, positive=True, integer=True)
+        return named
 
 
 @dataclass(frozen=True)
@@ -245,11 +265,21 @@ class ShapeGuards:
             if expected is None:
                 continue
             shape, dtype = expected
+            if not isinstance(leaf, torch.Tensor):
+                raise GuardError(f"{check.module} returned {leaf!r} where the trace expects {shape} {dtype}")
             matches = leaf.dtype == dtype and leaf.ndim == len(shape)
             if not matches or any(want not in (None, have) for want, have in zip(shape, leaf.shape, strict=True)):
                 raise GuardError(
                     f"{check.module} returned {tuple(leaf.shape)} {leaf.dtype}; the trace expects {shape} {dtype}"
                 )
+
+    def example(self, check: LeafCheck, signature: tuple[Any, ...], device: torch.device) -> Any:
+        """Empty tensors of the dtypes and sizes that `check` expects, 1 where a size depends on data."""
+        known = (self._numbers(leaf, signature) for leaf in check.leaves)
+        made = (
+            k and torch.empty([1 if size is None else size for size in k[0]], dtype=k[1], device=device) for k in known
+        )
+        return pytree.tree_unflatten(list(made), check.structure)
 
     def _numbers(self, leaf: Any, signature: tuple[Any, ...]) -> Any:
         if leaf is None:

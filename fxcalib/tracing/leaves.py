@@ -19,8 +19,11 @@ class LeafCache:
         self._reprs: dict[int, str] = {}
         self._results: dict[tuple[Any, ...], tuple[Any, list[tuple[Any, ...]]]] = {}
 
-    def call(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The result of `run(*args, **kwargs)`, the forward of `module` on fakes."""
+    def call(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, told: Callable[[], int]) -> Any:
+        """The result of `run(*args, **kwargs)`, the forward of `module` on fakes.
+
+        It is kept for the next call unless `told()`, which counts what modules were told of data, grows meanwhile.
+        """
         leaves, structure = flatten((args, kwargs))
         described = [_describe(leaf) for leaf in leaves]
         if any(d is None for d in described):  # an object that the call may change: it has to run
@@ -30,6 +33,7 @@ class LeafCache:
             spec, templates = self._results[key]
             return unflatten(spec, *[_instantiate(template, leaves) for template in templates])
         versions = [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in leaves]
+        before = told()
         result = run(*args, **kwargs)
         unchanged = all(
             not isinstance(leaf, torch.Tensor) or leaf._version == version
@@ -38,13 +42,16 @@ class LeafCache:
         results, spec = flatten(result)
         made = [_template(value, leaves) for value in results]
         known = [template for template in made if template is not None]
-        if unchanged and len(known) == len(made):
+        if unchanged and len(known) == len(made) and told() == before:
             self._results[key] = (spec, known)
         return result
 
     def _repr(self, module: nn.Module) -> str:
         if id(module) not in self._reprs:  # taken once: a module may change its own repr while it runs
-            self._reprs[id(module)] = repr(module)
+            try:
+                self._reprs[id(module)] = repr(module)
+            except Exception:  # some print their weights, which fakes cannot: such a module is like no other
+                self._reprs[id(module)] = str(id(module))
         return self._reprs[id(module)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,22 +18,35 @@ from fxcalib.tracing.torch_private import FakeTensor, FakeTensorMode
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes, parameters and buffers, and torch's random state, on leaving.
+    """Restore every module's attributes, parameters and buffers, and the random state, on leaving.
 
     Some models keep results of a forward on themselves (position deltas, rotary tables) or install hooks in it; what
     was made on fake tensors must not survive the trace.
     """
     dicts = list(_dicts(model))
     before = [(d, dict(d)) for d in dicts]
-    random_state = torch.get_rng_state()
     try:
-        yield
+        with same_random_numbers_again():
+            yield
     finally:
-        torch.set_rng_state(random_state)
         for current, saved in before:
             if _differs(current, saved):
                 current.clear()
                 current.update(saved)
+
+
+@contextmanager
+def same_random_numbers_again() -> Iterator[None]:
+    """What draws random numbers inside, from torch, Python or numpy, draws the same when it is run again."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 def _dicts(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -24,28 +24,34 @@ def run_on_stand_ins(
     sizes: Sizes,
     known: Callable[[torch.Tensor], torch.Tensor | None],
     buffers: Mapping[int, torch.Tensor],
-) -> Any:
+) -> tuple[Any, bool]:
     """The result of `run(*args, **kwargs)` on fakes, found by running it on real tensors of the hinted sizes.
 
     Arguments that `known` knows are themselves, all others are noise (floating point), zero (integers) or true; weights
     take no memory. A size of the result is that of an argument which has the same number of elements there; replay
-    holds every result against it.
+    holds every result against it. The second value tells whether each size was that of an argument or a weight.
     """
     leaves, structure = flatten((args, kwargs))
     with unset_fake_temporarily(), DisablePythonDispatcher(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        real_args, real_kwargs = unflatten(structure, *(_materialize(leaf, sizes, known) for leaf in leaves))
+        stand_ins = [_materialize(leaf, sizes, known) for leaf in leaves]
+        real_args, real_kwargs = unflatten(structure, *stand_ins)
         with _stand_in_weights(module, buffers):
             real, spec = flatten(run(*real_args, **real_kwargs))
     device = next((leaf.device for leaf in leaves if isinstance(leaf, FakeTensor)), torch.device("cpu"))
     given = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
-    return unflatten(spec, *(_fake(value, given, sizes, device) for value in real))
+    aliased = [_alias(value, stand_ins, leaves) for value in real]
+    made = [_fake(v, given, sizes, device) if a is None else a for v, a in zip(real, aliased, strict=True)]
+    weights = module.parameters() if module is not None else ()
+    fixed = {size for tensor in (*given, *weights) for size in tensor.shape if isinstance(size, int)}
+    found = [size for value in made if isinstance(value, torch.Tensor) for size in value.shape]
+    return unflatten(spec, *made), all(isinstance(size, torch.SymInt) or size in fixed for size in found)
 
 
 def _materialize(leaf: Any, sizes: Sizes, known: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
     if is_symbolic(leaf):
         value = sizes.known(leaf.node.expr)
         if value is None:
-            raise TraceError(f"the size {leaf} is not known while tracing")
+            raise TraceError(f"the size {leaf} is not known while tracing", kind="data-dependent size")
         return bool(value) if isinstance(leaf, torch.SymBool) else value
     if not isinstance(leaf, FakeTensor):
         return leaf
@@ -61,7 +67,7 @@ def _materialize(leaf: Any, sizes: Sizes, known: Callable[[torch.Tensor], torch.
 def _number(size: Any, sizes: Sizes) -> int:
     value = sizes.known(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
     if value is None:
-        raise TraceError(f"the size {size} is not known while tracing")
+        raise TraceError(f"the size {size} is not known while tracing", kind="data-dependent size")
     return int(value)
 
 
@@ -87,6 +93,19 @@ def _stand_in_weights(module: nn.Module | None, buffers: Mapping[int, torch.Tens
     finally:
         for group, key, tensor in replaced:
             group[key] = tensor
+
+
+def _alias(value: Any, stand_ins: list[Any], leaves: list[Any]) -> Any:
+    """The argument that `value` is, or whose memory it is; None for what is new."""
+    for real, leaf in zip(stand_ins, leaves, strict=True):
+        if not isinstance(value, torch.Tensor) or not isinstance(real, torch.Tensor) or not value.numel():
+            continue
+        if value is real:
+            return leaf
+        same = value.data_ptr() == real.data_ptr() and (value.shape, value.dtype) == (real.shape, real.dtype)
+        if same and value.stride() == real.stride():
+            return leaf.detach()
+    return None
 
 
 def _fake(value: Any, given: list[FakeTensor], sizes: Sizes, device: torch.device) -> Any:

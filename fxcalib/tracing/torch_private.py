@@ -14,7 +14,14 @@ import torch.utils._pytree as pytree
 from torch._C import _DisablePythonDispatcher as DisablePythonDispatcher
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
@@ -39,8 +46,10 @@ patch_fx_config = fx_config.patch  # type: ignore[attr-defined]
 
 __all__ = [
     "ConstantSource",
+    "DataDependentOutputException",
     "DimDynamic",
     "DisablePythonDispatcher",
+    "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "GuardOnDataDependentSymNode",
@@ -49,6 +58,7 @@ __all__ = [
     "ShapeEnv",
     "StatelessSymbolicContext",
     "StorageWeakRef",
+    "UnsupportedOperatorException",
     "disable_autocast_cache",
     "disable_proxy_modes_tracing",
     "enable_python_dispatcher",

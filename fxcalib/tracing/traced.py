@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxcalib.tracing.errors import GuardError
 from fxcalib.tracing.guards import Guard, LeafCheck
+from fxcalib.tracing.preserve import same_random_numbers_again
 from fxcalib.tracing.structure import call_module, unflatten
 from fxcalib.tracing.targets import Targets
 from fxcalib.tracing.tracer import Recording
@@ -61,20 +62,7 @@ class TracedModel:
     @cached_property
     def symbols(self) -> Mapping[sympy.Symbol, sympy.Symbol]:
         """Readable names of symbolic sizes: `batch` and `sequence` for the first input of two or more dimensions."""
-        named: dict[sympy.Symbol, sympy.Symbol] = {}
-        taken: set[str] = set()
-        for name, value in zip(self.recording.inputs.names, self.recording.inputs.values, strict=True):
-            if not isinstance(value, torch.Tensor):
-                continue
-            for dim, size in enumerate(value.shape):
-                expr = self.expression(size)
-                if not isinstance(expr, sympy.Symbol) or expr in named:
-                    continue
-                wanted = ("batch", "sequence")[dim] if dim < 2 and value.ndim <= 2 else f"{name}_{dim}"
-                label = wanted if wanted not in taken else f"{name}_{dim}"
-                taken.add(label)
-                named[expr] = sympy.Symbol(label, positive=True, integer=True)
-        return named
+        return self.recording.inputs.symbols(self.expression)
 
     def expression(self, size: Any) -> sympy.Expr:
         """The simplified expression of a symbolic size, in the symbols of the trace."""
@@ -115,11 +103,16 @@ class TracedModel:
 
     @cached_property
     def _value_program(self) -> list[fx.Node]:
-        wanted = {node for guard in self.recording.value_guards for node in guard.nodes}
+        wanted = {node for guard in self.recording.value_guards for node in guard.nodes} | self._looked_at_first
         for node in reversed(self.graph.nodes):
             if node in wanted and not self._follows_from_sizes(node):
                 wanted.update(node.all_input_nodes)
         return [n for n in self.graph.nodes if n in wanted and n.op != "placeholder"]
+
+    @cached_property
+    def _looked_at_first(self) -> set[fx.Node]:
+        """Wrapped functions of the batch alone whose results may have other sizes for other data."""
+        return {node for node in self.graph.nodes if "look_first" in node.meta}
 
     def _follows_from_sizes(self, node: fx.Node) -> bool:
         size = node.meta.get("val")
@@ -129,11 +122,11 @@ class TracedModel:
 
     def _check_values(self, inputs: Mapping[str, Any], signature: tuple[Any, ...]) -> None:
         shapes, guards = self.recording.shape_guards, self.recording.value_guards
-        if not guards:
+        if not self._value_program:
             return
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         values: dict[fx.Node, Any] = {n: inputs[n.name].to(self.device, copy=True) for n in placeholders}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # what draws random numbers will draw them again
+        with torch.no_grad(), same_random_numbers_again():
             for node in self._value_program:
                 try:
                     if self._follows_from_sizes(node):
@@ -142,6 +135,8 @@ class TracedModel:
                         values[node] = run_node(self, node, values)
                 except Exception as error:
                     raise GuardError(f"a guard cannot be computed on this batch: {error}") from error
+                if node in self._looked_at_first:
+                    shapes.check_leaf(self.leaf_checks[node], values[node], signature)
             for guard in guards:
                 if not guard.holds([values[node] for node in guard.nodes]):
                     raise GuardError(f"the trace assumes that {guard.listed()}")

@@ -7,24 +7,29 @@ in the graph is what the ancestors of the targets do themselves, as ATen operati
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
-from fxcalib.tracing.errors import TraceError, source_of_error, source_of_frame
-from fxcalib.tracing.graph import GraphTracer, has_effect
+import tracing_patches
+from fxcalib.tracing.errors import TraceError, source_of_frame
+from fxcalib.tracing.failure import DATA_DEPENDENT_BRANCH, DATA_DEPENDENT_SIZE, trace_error
+from fxcalib.tracing.graph import GraphTracer, has_effect, is_mutable
 from fxcalib.tracing.guards import InputSpec, Known, LeafCheck, Relation, ShapeGuards, ValueGuard
 from fxcalib.tracing.leaves import LeafCache
+from fxcalib.tracing.patching import wrapped_functions
 from fxcalib.tracing.preserve import FakeWeights, fake_weights, intercepted_calls, preserved_state, tensors_of
+from fxcalib.tracing.questions import Questions
 from fxcalib.tracing.sizes import Sizes
 from fxcalib.tracing.standins import run_on_stand_ins
 from fxcalib.tracing.structure import PLAIN, call_module, flatten, is_native, is_symbolic, leaves_of, unflatten
@@ -47,9 +52,10 @@ from fxcalib.tracing.torch_private import (
     patch_fx_config,
     pytree,
     track_tensor_tree,
+    unset_fake_temporarily,
 )
 from fxcalib.tracing.values import UNKNOWN, RealPrefix
-from tracing_patches import active_patches
+from fxcalib.tracing.wrapped_calls import FunctionRun, sized_as_given
 
 
 @dataclass
@@ -65,76 +71,6 @@ class Recording:
     leaf_checks: dict[fx.Node, LeafCheck]
     mutated_by: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     """Module calls that change argument tensors in place -> the nodes of these arguments."""
-
-
-class _Questions(TorchFunctionMode):
-    """Answers what the model asks of a tensor's data: `bool(x)`, `x.item()`, `x.tolist()`."""
-
-    def __init__(self, answer: Callable[[torch.Tensor, bool], Any]) -> None:
-        super().__init__()
-        self._answer = answer
-        self._tolist = FakeTensor.tolist
-
-    def __enter__(self) -> Any:
-        # fake tensors have a method of their own, which a mode does not see
-        def tolist(tensor: FakeTensor) -> Any:
-            answer = self._answer(tensor, False)
-            return self._tolist(tensor) if answer is None else answer
-
-        FakeTensor.tolist = tolist  # type: ignore[method-assign, assignment]
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *exception: Any) -> None:
-        FakeTensor.tolist = self._tolist  # type: ignore[method-assign]
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ASKING:
-            # a number stays a symbol as long as it can: a trace that has looked at it serves that number alone
-            symbolic = _ASKING[func] and args[0].dtype != torch.bool
-            answer = self._answer(args[0], symbolic)
-            if answer is not None:
-                return answer if func is not torch.Tensor.__bool__ else bool(answer)
-        if func is torch.Tensor.contiguous:
-            # the method would not call the operator where the fake counts as contiguous: the real tensor may not be
-            return torch.ops.aten.contiguous.default(*args, **(kwargs or {}))
-        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and isinstance(args[0], FakeTensor):
-            parts = _unbind(*args, **(kwargs or {}))
-            return iter(parts) if func is torch.Tensor.__iter__ else parts
-        if func is torch.tensor and isinstance(args[0], (list, tuple)):
-            args = (_stacked(args[0]), *args[1:])
-        elif func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(i, (list, tuple)) for i in index):
-                args = (args[0], tuple(_stacked(i) for i in index), *args[2:])
-        return func(*args, **(kwargs or {}))
-
-
-def _unbind(tensor: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor, ...]:
-    # the decomposition of torch squeezes only what is known to be 1, which symbols are not in opaque modules
-    if not tensor.ndim:
-        raise TypeError("iteration over a 0-d tensor")
-    return tuple(tensor.select(dim, i) for i in range(int(tensor.shape[dim])))
-
-
-def _stacked(values: Any) -> Any:
-    """Nested lists that hold tensors as one tensor: `torch.tensor` would look at their data."""
-    if not isinstance(values, (list, tuple)):
-        return values
-    parts = [_stacked(value) for value in values]
-    if not any(isinstance(part, torch.Tensor) for part in parts):
-        return values
-    return torch.stack([part if isinstance(part, torch.Tensor) else torch.tensor(part) for part in parts])
-
-
-_ASKING = {
-    torch.Tensor.__bool__: False,
-    torch.Tensor.item: True,
-    torch.Tensor.__int__: True,
-    torch.Tensor.__index__: True,
-    torch.Tensor.__float__: True,
-}
-"""Functions that look at data, and whether their result may be a symbol."""
 
 
 class Recorder:
@@ -166,7 +102,11 @@ class Recorder:
         self._cache = LeafCache()
         self._env = Sizes()
         self._inside = 0
+        self._function = ""
         self._on_fakes = 0
+        self._told = 0
+        """How often opaque modules were told what data is."""
+        self._guesses = 0
         self._recording = False
         self._checks: dict[fx.Node, LeafCheck] = {}
         self._values: list[ValueGuard] = []
@@ -194,6 +134,7 @@ class Recorder:
         paths = pytree.tree_flatten_with_path(dict(batch), is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))[0]
         names = tuple(_key(path) for path, _ in paths)
         fakes = [self._fake_input(mode, name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        inputs = InputSpec(structure, names, tuple(fakes))
         placeholders: dict[fx.Node, Any] = {}
         tracked = []
         for name, leaf, fake in zip(names, leaves, fakes, strict=True):
@@ -221,7 +162,8 @@ class Recorder:
             self._weights = stack.enter_context(fake_weights(self._model, mode, self._device))
             tracer.weights = dict(self._weights.paths)
             stack.enter_context(self._post_dispatch_vmap())
-            stack.enter_context(active_patches(self))
+            for patch in (*tracing_patches.PATCHES, *wrapped_functions()):
+                stack.enter_context(patch.active(self))
             stack.enter_context(intercepted_calls(self._call))
             self._intercept_forwards()
             stack.enter_context(mode)
@@ -234,40 +176,35 @@ class Recorder:
                 )
             )
             stack.enter_context(disable_autocast_cache())
-            stack.enter_context(_Questions(self._ask))
+            stack.enter_context(Questions(self._ask))
             self._recording = True
             self._env.oracle = self
-            result = self._forward(unflatten(structure, *fakes))
+            result = self._forward(unflatten(structure, *fakes), inputs)
             results, outputs = flatten(result)
             tracer.create_node("output", "output", (tracer.create_arg([self._proxy(x) for x in results]),), {})
             self._recording = False
         self._env.oracle = None
         guarded = {node for value in self._values for node in value.nodes}
         tracer.graph.eliminate_dead_code(lambda node: node in guarded or has_effect(node))
-        inputs = InputSpec(structure, names, tuple(fakes))
         guards = ShapeGuards(self._env, inputs)
         return Recording(
             tracer.graph, tracer.constants, inputs, outputs, guards, self._values, self._checks, self._mutated
         )
 
-    def _forward(self, batch: dict[str, Any]) -> Any:
+    def _forward(self, batch: dict[str, Any], inputs: InputSpec) -> Any:
         try:
             return self._model(**batch)
-        except TraceError as error:
-            if "\n" in str(error):
-                raise
-            name = type(self._model).__name__
-            raise TraceError(f"{name} cannot be traced: {error}\n  at {source_of_error(error)}") from error
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise TraceError(
-                f"{type(self._model).__name__} cannot be traced: {type(error).__name__}: {reason}\n"
-                f"  at {source_of_error(error)}\n"
-                "  If the model itself runs on this batch, wrap the function that holds this line, "
-                "or use the basic pipeline, which does not trace."
-            ) from error
+            self._recording = False
+            raise trace_error(self._model, error, self._names, partial(self._readable, inputs)) from error
         finally:
             self._recording = False
+
+    def _readable(self, inputs: InputSpec, size: Any) -> sympy.Expr:
+        def expression(size: Any) -> sympy.Expr:
+            return self._env.replace(size.node.expr) if is_symbolic(size) else sympy.sympify(size)
+
+        return expression(size).xreplace(inputs.symbols(expression))
 
     def _fake_input(self, mode: FakeTensorMode, name: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -293,6 +230,7 @@ class Recorder:
         return value if isinstance(value, PLAIN) else fx.Proxy(tracer.object_node(value), tracer)
 
     def _call(self, original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_in_function(module)
         if self._on_fakes:
             return self._run_or_stand_in(partial(original, module), module, args, kwargs)
         if not self.in_glue or id(module) in self._ancestors or id(module) not in self._names:
@@ -306,6 +244,7 @@ class Recorder:
             forward = module.forward
 
             def entered(*args: Any, m: nn.Module = module, f: Callable[..., Any] = forward, **kwargs: Any) -> Any:
+                self._refuse_in_function(m)
                 if not self.in_glue:
                     return f(*args, **kwargs)
                 return self._leaf(lambda target, *a, **k: target.forward(*a, **k), m, args, kwargs)
@@ -313,8 +252,15 @@ class Recorder:
             module.__dict__["forward"] = entered
 
     def _leaf(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        tracer = self._tracer
         name = self._names[id(module)]
+        _, result = self._opaque("call_module", name, name, partial(self._run_on_fakes, original, module), args, kwargs)
+        return result
+
+    def _opaque(
+        self, kind: str, target: Any, name: str, run: Callable[[Any, Any], Any], args: Any, kwargs: Any
+    ) -> tuple[fx.Proxy, Any]:
+        """One node for a call, whose fake result is `run(args, kwargs)`."""
+        tracer = self._tracer
         leaves, structure = flatten((args, kwargs))
         proxies = [self._proxy(leaf) for leaf in leaves]
         if is_native(structure):
@@ -323,15 +269,89 @@ class Recorder:
             spec = fx.Proxy(tracer.object_node(structure), tracer)
             pair: Any = tracer.create_proxy("call_function", unflatten, (spec, *proxies), {})
             proxy_args, proxy_kwargs = tuple(pair[0][i] for i in range(len(args))), {k: pair[1][k] for k in kwargs}
-        call = tracer.create_proxy("call_module", name, proxy_args, proxy_kwargs)
+        call = tracer.create_proxy(kind, target, proxy_args, proxy_kwargs)
         versions = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor)]
-        result = self._run_on_fakes(original, module, args, kwargs)
+        result = run(args, kwargs)
         tracer.settle(leaves)
         written = [self._proxy(x).node for x, version in versions if x._version != version]
         if written:
             self._mutated[call.node] = written
         self._track(call, name, result)
+        return call, result
+
+    def call_function(self, function: FunctionType, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call of a wrapped function as one node; where nothing is recorded, call it."""
+        if not self.in_glue:
+            return self._call_original(original, args, kwargs)
+        self._function = name = f"{function.__module__}.{function.__qualname__}"
+        run = FunctionRun(name, original, on_fakes=lambda: self._on_fakes > 0)
+        try:
+            call, result = self._opaque("call_function", function, name, partial(self._run_function, run), args, kwargs)
+        finally:
+            self._function = ""
+        call.node.meta["wrapped"] = name
+        leaves = flatten((args, kwargs))[0]
+        if run.changed:
+            changed = [self._proxy(leaves[i]).node for i in sorted(run.changed)]
+            self._mutated[call.node] = list(dict.fromkeys([*self._mutated.get(call.node, []), *changed]))
+        if run.stood_in and not sized_as_given(result, leaves) and not self._depends_on_modules(call.node):
+            call.node.meta["look_first"] = True
+        self._guard_numbers(call, run, result)
         return result
+
+    def _run_function(self, run: FunctionRun, args: Any, kwargs: Any) -> Any:
+        module = next((x for x in flatten((args, kwargs))[0] if isinstance(x, nn.Module)), None)
+        with self._unrecorded(), self._env.suppress_guards(), self._env.ignore_fresh_unbacked_symbols():
+            self._on_fakes += 1
+            try:
+                return self._run_or_stand_in(run, module, args, kwargs, call_modules=True)
+            finally:
+                self._on_fakes -= 1
+
+    def _call_original(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        leaves = flatten((args, kwargs))[0]
+        if any(isinstance(x, FakeTensor) for x in leaves) or not any(isinstance(x, nn.Module) for x in leaves):
+            return original(*args, **kwargs)
+        with self._weights.suspended():
+            return original(*args, **kwargs)
+
+    def _guard_numbers(self, call: fx.Proxy, run: FunctionRun, result: Any) -> None:
+        """Numbers that a wrapped function returns go into the trace as they are: they are looked at, and guarded."""
+        results, structure = flatten(result)
+        numbers = [i for i, x in enumerate(results) if x is not None and isinstance(x, PLAIN)]
+        if not numbers:
+            return
+        tracer = self._tracer
+        spec = fx.Proxy(tracer.object_node(structure), tracer)
+        listed: Any = tracer.create_proxy("call_function", leaves_of, (spec, call), {})
+        for i in numbers:
+            name = f"{run.name.rpartition('.')[-1]}_result_{i}"
+            node = tracer.create_proxy("call_function", operator.getitem, (listed, i), {}, name=name).node
+            real = self._listed(node, call_modules=True)
+            if real is None and run.stood_in:
+                raise TraceError(
+                    f"the wrapped function {run.name} returns {results[i]!r}, which depends on data that is not known "
+                    "while tracing: trace the model with weights and a real batch",
+                    kind="value not known while tracing",
+                )
+            if real is not None and real != results[i]:
+                raise TraceError(
+                    f"the wrapped function {run.name} returned {results[i]!r} at first and {real!r} when called again "
+                    "on the same batch: let it return tensors"
+                )
+            self._guard(Known((node,), source_of_frame(sys._getframe(2)), results[i]))
+
+    def _refuse_in_function(self, module: nn.Module) -> None:
+        if not self._function or id(module) not in self._names:
+            return
+        name = self._names[id(module)]
+        what = "the sequential target" if name in self._targets else "the module"
+        if name in self._targets or next(module.parameters(), None) is not None:
+            raise TraceError(
+                f"the wrapped function {self._function} calls {what} {name or type(module).__name__}, which would be "
+                "hidden from calibration: wrap a smaller function, one that calls no module with weights",
+                kind="module in a wrapped function",
+            )
 
     def _run_on_fakes(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         # the fake run replaces `forward`, not `__call__`: hooks that the model itself registers (transformers collects
@@ -345,7 +365,7 @@ class Recorder:
 
         def once(*a: Any, **k: Any) -> Any:
             restore()
-            return self._cache.call(lambda *x, **y: self._run_or_stand_in(forward, module, x, y), module, a, k)
+            return self._cache.call(partial(self._informed, forward, module), module, a, k, lambda: self._told)
 
         module.__dict__["forward"] = once
         try:
@@ -358,26 +378,71 @@ class Recorder:
         finally:
             restore()
 
-    def _run_or_stand_in(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _informed(self, forward: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """Run an opaque module on fakes. Where numbers had to be guessed, real ones among its arguments go first."""
+        guesses = self._guesses
+        result = self._run_or_stand_in(forward, module, args, kwargs)
+        if self._guesses == guesses or not any(self._is_known(leaf) for leaf in flatten((args, kwargs))[0]):
+            return result
+        with suppress(Exception):
+            return self._stand_in(forward, module, args, kwargs)
+        return result
+
+    def _is_known(self, leaf: Any) -> bool:
+        return isinstance(leaf, FakeTensor) and not leaf.is_floating_point() and self._known(leaf) is not None
+
+    def _stand_in(
+        self, run: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: Any, *, call_modules: bool = False
+    ) -> Any:
+        used: dict[fx.Node, torch.Tensor] = {}
+        _refuse_objects(flatten((args, kwargs))[0])
+
+        def known(tensor: torch.Tensor) -> torch.Tensor | None:
+            value = self._known(tensor, call_modules=call_modules)
+            if value is not None and not tensor.is_floating_point():
+                slot: Any = get_proxy_slot(tensor, self._tracer, None)
+                used[slot.proxy.node] = value
+            return value
+
+        on_fakes, self._on_fakes = self._on_fakes, 0
+        try:
+            result, matched = run_on_stand_ins(
+                run, module, args, kwargs, sizes=self._env, known=known, buffers=self._buffers
+            )
+        finally:
+            self._on_fakes = on_fakes
+        _refuse_objects(flatten(result)[0])
+        if not matched:  # a size of the result follows from no other: it hangs on the data
+            for node, value in used.items():
+                with unset_fake_temporarily():
+                    listed = value.tolist()
+                self._tell(node, listed)
+        return result
+
+    def _tell(self, node: fx.Node, answer: Any) -> None:
+        """An opaque module was told what `node` is: its result may hang on it, so that batches have to be alike."""
+        self._told += 1
+        if not any(isinstance(guard, Known) and guard.nodes == (node,) for guard in self._values):
+            self._guard(Known((node,), source_of_frame(sys._getframe(1)), answer))
+
+    def _run_or_stand_in(
+        self, run: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: Any, *, call_modules: bool = False
+    ) -> Any:
         """Run a module on fakes; the innermost that cannot be runs on real stand-ins, else the one around it."""
         try:
             return run(*args, **kwargs)
         except Exception as error:
-            on_fakes, self._on_fakes = self._on_fakes, 0
             try:
-                return run_on_stand_ins(
-                    run, module, args, kwargs, sizes=self._env, known=self._known, buffers=self._buffers
-                )
-            except Exception:
-                raise error from None
-            finally:
-                self._on_fakes = on_fakes
+                return self._stand_in(run, module, args, kwargs, call_modules=call_modules)
+            except Exception as again:
+                # a wrapped function is refused for what it does, not for being unable to run on fakes
+                raise (again if isinstance(again, TraceError) and self._function else error) from None
 
-    def _known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def _known(self, tensor: torch.Tensor, *, call_modules: bool = False) -> torch.Tensor | None:
         slot = get_proxy_slot(tensor, self._tracer, None)
         if slot is None or self._prefix is None:
             return None
-        value = self._prefix.value(slot.proxy.node, call_modules=False)
+        value = self._prefix.value(slot.proxy.node, call_modules=call_modules)
         return value if isinstance(value, torch.Tensor) else None
 
     @property
@@ -408,8 +473,11 @@ class Recorder:
     def value_of(self, symbol: sympy.Symbol) -> int | float | None:
         """What a symbol that depends on data is on the traced batch. In opaque modules, where only sizes count, 1."""
         node = self._node_of(symbol)
-        value = None if node is None else self._listed(node, call_modules=self._inside == 0)
-        return 1 if value is None and self._inside else value
+        value = None if node is None else self._listed(node, call_modules=True)
+        if value is None and self._inside:
+            self._guesses += symbol not in self._env.size_like  # how many there are of something is of no interest
+            return 1
+        return value
 
     def assumed(self, fact: sympy.Basic) -> None:
         """Keep what the trace goes on with as a guard. In opaque modules it is no assumption: replay runs them."""
@@ -420,7 +488,9 @@ class Recorder:
         nodes = [self._node_of(symbol) for symbol in symbols]
         known = tuple(node for node in nodes if node is not None)
         if len(known) < len(nodes):
-            raise TraceError(f"the model assumes {fact}, which cannot be held against other batches")
+            raise TraceError(
+                f"the model assumes {fact}, which cannot be held against other batches", kind=DATA_DEPENDENT_SIZE
+            )
         self._guard(Relation(known, source_of_frame(sys._getframe(1)), fact, symbols))
 
     def _guard(self, guard: ValueGuard) -> None:
@@ -471,7 +541,10 @@ class Recorder:
         if slot is None or (self._prefix is None and symbolic):
             return None
         if not self.in_glue:
-            return self._listed(slot.proxy.node, call_modules=False) if self._on_fakes else None
+            answer = self._listed(slot.proxy.node, call_modules=False) if self._on_fakes else None
+            if answer is not None:
+                self._tell(slot.proxy.node, answer)
+            return answer
         if symbolic and self._symbolic_data:
             return None
         source = source_of_frame(sys._getframe(2))
@@ -480,7 +553,8 @@ class Recorder:
             raise TraceError(
                 f"the model branches on data that is not known while tracing: {tuple(tensor.shape)} {tensor.dtype}, "
                 f"at {source}\n  The batch, or a module that it depends on, is on the meta device: "
-                "trace the model with weights and a real batch."
+                "trace the model with weights and a real batch.",
+                kind=DATA_DEPENDENT_BRANCH,
             )
         self._guard(Known((slot.proxy.node,), source, answer))
         return answer
@@ -507,6 +581,13 @@ class Recorder:
             yield
         finally:
             functorch_vmap.vmap_impl = functorch_apis.vmap_impl = original  # type: ignore[attr-defined]
+
+
+def _refuse_objects(leaves: list[Any]) -> None:
+    """A run on stand-ins would leave real tensors in objects, which the trace would go on with."""
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) and not is_symbolic(leaf) and is_mutable(leaf):
+            raise TraceError(f"a {type(leaf).__name__} cannot take part in a run on stand-ins", kind="mutated object")
 
 
 def _key(path: tuple[Any, ...]) -> str:

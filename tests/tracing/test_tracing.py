@@ -333,3 +333,57 @@ def test_targets_that_are_entered_past_their_call() -> None:
     assert "forward" not in vars(model.layers[0])
     x = torch.randn(3, 4)
     assert torch.equal(parts.run({"x": x}), model(x))
+
+
+class Box:
+    """An object that a module returns, with a tensor in it."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Boxing(nn.Module):
+    """Asks for a number that fakes do not know, so that its sizes are looked for with real stand-ins."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> Box:
+        return Box(x[:, : int((lengths * 2).sum()) // 2])
+
+
+def test_what_stand_ins_leave_in_objects_is_never_baked_in() -> None:
+    class Unboxing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.boxing = Boxing()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            x = self.boxing(self.layers[0](x), lengths).x
+            return self.layers[1](x)
+
+    batch = {"x": torch.randn(2, 5, 4), "lengths": torch.tensor([1, 2])}
+    with pytest.raises(TraceError, match="was made"):
+        trace(Unboxing(), batch, "Linear")
+
+
+def test_sizes_that_hang_on_data_are_those_of_the_batch() -> None:
+    class Cutting(nn.Module):
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return x[:, : int((lengths * 2).sum()) // 2]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cutting = Cutting()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            x = self.cutting(self.layers[0](x), lengths)
+            return self.layers[1](x.reshape(x.shape[0], -1, 4)) * x.shape[1]
+
+    model = Model().requires_grad_(False)
+    parts = partition(trace(model, {"x": torch.randn(2, 5, 4), "lengths": torch.tensor([1, 2])}, "Linear"))
+    for lengths in ([1, 2], [2, 2], [1, 2]):
+        batch = {"x": torch.randn(2, 5, 4), "lengths": torch.tensor(lengths)}
+        parts.variants.select(batch).traced.bind(batch)  # told before anything runs, not by a module's result
+        assert torch.equal(parts.run(batch), model(**batch))
+    assert len(parts.variants.partitions) == 2
