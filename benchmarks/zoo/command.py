@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Score, print the report and save the records."""
+    """Score, print the report and save it."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     pin_threads(1)
@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output or (None if arguments.quick else FOLDER / "zoo.json")
     if output:
         content = {"environment": environment(1), "jobs": arguments.jobs, "summary": report.summary(records)}
-        save(output, {**content, "records": records})
+        lists = {"not_in_full": report.failures(records), "not_scored": report.unscored(records)}
+        save(output, {**content, **lists})
 
 
 def _preload(tools: Sequence[str]) -> None:

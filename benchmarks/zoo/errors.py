@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 
 
@@ -19,4 +20,5 @@ def cause(error: BaseException, limit: int = 400) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
     where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
     message = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+    message = re.sub(r"\S*site-packages/", "", message)  # results are read on other machines
     return f"{type(error).__name__}: {message[:limit]}{where[:160]}"

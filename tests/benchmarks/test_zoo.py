@@ -142,7 +142,8 @@ def test_the_command_lists_and_runs(capfd: pytest.CaptureFixture[str], tmp_path:
     assert "| plain    | suspended | 1/1" in printed.out
     assert "1/1 (0:00 left) plain/module/VisionTransformer [suspended]" in printed.err
     saved = json.loads(output.read_text())
-    assert saved["records"][0]["scores"][0]["full"] and "torch" in saved["environment"]["versions"]
+    assert saved["summary"][0]["full"] == "1/1" and not saved["not_in_full"]
+    assert "torch" in saved["environment"]["versions"]
 
 
 def test_tools_are_found_by_name() -> None:
