@@ -35,8 +35,12 @@ def run_on_stand_ins(
     with unset_fake_temporarily(), DisablePythonDispatcher(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         stand_ins = [_materialize(leaf, sizes, known) for leaf in leaves]
         real_args, real_kwargs = unflatten(structure, *stand_ins)
-        with _stand_in_weights(module, buffers):
-            real, spec = flatten(run(*real_args, **real_kwargs))
+        try:
+            with _stand_in_weights(module, buffers, dense=False):
+                real, spec = flatten(run(*real_args, **real_kwargs))
+        except RuntimeError:  # some kernels want weights in order, such as grouped matrix products
+            with _stand_in_weights(module, buffers, dense=True):
+                real, spec = flatten(run(*real_args, **real_kwargs))
     device = next((leaf.device for leaf in leaves if isinstance(leaf, FakeTensor)), torch.device("cpu"))
     given = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
     aliased = [_alias(value, stand_ins, leaves) for value in real]
@@ -72,8 +76,8 @@ def _number(size: Any, sizes: Sizes) -> int:
 
 
 @contextmanager
-def _stand_in_weights(module: nn.Module | None, buffers: Mapping[int, torch.Tensor]) -> Iterator[None]:
-    """Real tensors in the place of fake weights: one number each, seen in the weight's shape."""
+def _stand_in_weights(module: nn.Module | None, buffers: Mapping[int, torch.Tensor], *, dense: bool) -> Iterator[None]:
+    """Real tensors in the place of fake weights: one number each, seen in the weight's shape unless `dense`."""
     replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for owner in module.modules() if module is not None else ():
         groups: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
@@ -86,6 +90,7 @@ def _stand_in_weights(module: nn.Module | None, buffers: Mapping[int, torch.Tens
         if id(tensor) not in made:
             real = buffers.get(id(tensor))
             small = torch.full((), 0.01).to(tensor.dtype).expand(tuple(tensor.shape))
+            small = small.contiguous() if dense else small
             made[id(tensor)] = small if real is None or real.is_meta else real.cpu()
         group[key] = made[id(tensor)]
     try:

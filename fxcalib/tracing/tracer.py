@@ -7,6 +7,7 @@ in the graph is what the ancestors of the targets do themselves, as ATen operati
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
 import warnings
@@ -143,6 +144,7 @@ class Recorder:
                 tracked.append((fake, proxy))
                 placeholders[proxy.node] = leaf
         with ExitStack() as stack:
+            stack.enter_context(_without_logs_of_failures())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             stack.enter_context(torch.no_grad())
@@ -581,6 +583,18 @@ class Recorder:
             yield
         finally:
             functorch_vmap.vmap_impl = functorch_apis.vmap_impl = original  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _without_logs_of_failures() -> Iterator[None]:
+    """Torch logs every operation that fails on fakes, with its stack, also where something else is tried instead."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _refuse_objects(leaves: list[Any]) -> None:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from batches import assert_identical, state_of, token_batch
-from tiny_llama import tiny_llama
+from tiny_llama import tiny_llama, tiny_mixture
 from torch import nn
 from torch.fx.proxy import TraceError as FxTraceError
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -387,3 +387,10 @@ def test_sizes_that_hang_on_data_are_those_of_the_batch() -> None:
         parts.variants.select(batch).traced.bind(batch)  # told before anything runs, not by a module's result
         assert torch.equal(parts.run(batch), model(**batch))
     assert len(parts.variants.partitions) == 2
+
+
+def test_experts_whose_kernel_wants_dense_weights() -> None:
+    model = tiny_mixture(dtype=torch.float32)
+    parts = partition(trace(model, token_batch(2, 9)))
+    for batch in (token_batch(2, 9), token_batch(3, 14, seed=1, left=2)):
+        assert_identical(parts.run(batch), model(**batch))
