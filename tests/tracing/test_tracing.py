@@ -390,7 +390,7 @@ def test_sizes_that_hang_on_data_are_those_of_the_batch() -> None:
 
 
 def test_experts_whose_kernel_wants_dense_weights() -> None:
-    model = tiny_mixture(dtype=torch.float32)
+    model = tiny_mixture("Mixtral")
     parts = partition(trace(model, token_batch(2, 9)))
     for batch in (token_batch(2, 9), token_batch(3, 14, seed=1, left=2)):
         assert_identical(parts.run(batch), model(**batch))
