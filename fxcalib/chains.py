@@ -21,7 +21,7 @@ from fxcalib.errors import ModelError
 from fxcalib.planning import Part
 from fxcalib.programs import Bound, Program
 from fxcalib.tracing import Targets
-from fxcalib.tracing.structure import PLAIN, flatten, unflatten
+from fxcalib.tracing.structure import PLAIN, flatten, same_values, unflatten
 
 HIDDEN = "hidden_states"
 TOLERANCE = 0.01
@@ -284,12 +284,8 @@ class ChainProgram(Program):
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two tensors hold the same values, NaN like NaN. What is kept as None is not compared."""
-    if first is None:
-        return True
-    if not isinstance(second, torch.Tensor) or (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
+    """Whether two tensors hold the same values. What is kept as None is not compared."""
+    return first is None or (isinstance(second, torch.Tensor) and same_values(first, second))
 
 
 def _close(first: torch.Tensor, second: torch.Tensor) -> bool:

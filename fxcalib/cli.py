@@ -75,6 +75,14 @@ SequenceLength = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens a sample.", rich_help_panel="Data")
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a batch.", rich_help_panel="Data")]
+BatchFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A batch to trace with: keyword arguments of the model, saved with torch.save. Default: one is made.",
+        rich_help_panel="Data",
+    ),
+]
 Seed = Annotated[int, typer.Option(metavar="N", help="Chooses the samples.", rich_help_panel="Data")]
 Suspended = Annotated[
     bool,
@@ -405,14 +413,7 @@ def graph(
     ] = None,
     targets: Targets = None,
     targets_per_subgraph: TargetsPerSubgraph = 1,
-    batch: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A batch to trace with: keyword arguments of the model, saved with torch.save. Default: one is made.",
-            rich_help_panel="Data",
-        ),
-    ] = None,
+    batch: BatchFile = None,
     samples: Samples = None,
     seq_len: SequenceLength = None,
     batch_size: BatchSize = None,
@@ -463,14 +464,7 @@ def trace_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a Hugging Face id.")],
     targets: Targets = None,
     targets_per_subgraph: TargetsPerSubgraph = 1,
-    batch: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A batch to trace with: keyword arguments of the model, saved with torch.save. Default: one is made.",
-            rich_help_panel="Data",
-        ),
-    ] = None,
+    batch: BatchFile = None,
     seq_len: SequenceLength = None,
     batch_size: BatchSize = None,
     verify: Annotated[

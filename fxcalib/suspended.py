@@ -21,7 +21,7 @@ from fxcalib.errors import ModelError
 from fxcalib.planning import Part
 from fxcalib.programs import Bound, Program
 from fxcalib.tracing import Targets
-from fxcalib.tracing.structure import flatten, unflatten
+from fxcalib.tracing.structure import flatten, to_device, unflatten
 
 FORWARD = "forward"
 
@@ -202,14 +202,12 @@ def _on_its_device(module: nn.Module) -> Iterator[None]:
     forward, own = module.forward, module.__dict__.get("forward")
 
     def moving(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = flatten((args, kwargs))
-        home = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+        home = next((leaf.device for leaf in flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)), None)
         away = next((p.device for p in module.parameters()), home)
-        if home is None or away == home:
+        if home is None or away is None or away == home:
             return forward(*args, **kwargs)
-        moved_args, moved_kwargs = unflatten(structure, *(_to(leaf, away) for leaf in leaves))
-        results, structure = flatten(forward(*moved_args, **moved_kwargs))
-        return unflatten(structure, *(_to(leaf, home) for leaf in results))
+        moved_args, moved_kwargs = to_device((args, kwargs), away)
+        return to_device(forward(*moved_args, **moved_kwargs), home)
 
     module.__dict__["forward"] = moving
     try:
@@ -218,10 +216,6 @@ def _on_its_device(module: nn.Module) -> Iterator[None]:
         module.__dict__.pop("forward")
         if own is not None:
             module.__dict__["forward"] = own
-
-
-def _to(leaf: Any, device: torch.device | None) -> Any:
-    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
 
 
 @contextmanager

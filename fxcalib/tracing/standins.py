@@ -23,7 +23,7 @@ def run_on_stand_ins(
     *,
     sizes: Sizes,
     known: Callable[[torch.Tensor], torch.Tensor | None],
-    buffers: Mapping[int, torch.Tensor],
+    originals: Mapping[int, torch.Tensor],
 ) -> tuple[Any, bool]:
     """The result of `run(*args, **kwargs)` on fakes, found by running it on real tensors of the hinted sizes.
 
@@ -36,10 +36,10 @@ def run_on_stand_ins(
         stand_ins = [_materialize(leaf, sizes, known) for leaf in leaves]
         real_args, real_kwargs = unflatten(structure, *stand_ins)
         try:
-            with _stand_in_weights(module, buffers, dense=False):
+            with _stand_in_weights(module, originals, dense=False):
                 real, spec = flatten(run(*real_args, **real_kwargs))
         except RuntimeError:  # some kernels want weights in order, such as grouped matrix products
-            with _stand_in_weights(module, buffers, dense=True):
+            with _stand_in_weights(module, originals, dense=True):
                 real, spec = flatten(run(*real_args, **real_kwargs))
     device = next((leaf.device for leaf in leaves if isinstance(leaf, FakeTensor)), torch.device("cpu"))
     given = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
@@ -76,8 +76,13 @@ def _number(size: Any, sizes: Sizes) -> int:
 
 
 @contextmanager
-def _stand_in_weights(module: nn.Module | None, buffers: Mapping[int, torch.Tensor], *, dense: bool) -> Iterator[None]:
-    """Real tensors in the place of fake weights: one number each, seen in the weight's shape unless `dense`."""
+def _stand_in_weights(
+    module: nn.Module | None, originals: Mapping[int, torch.Tensor], *, dense: bool
+) -> Iterator[None]:
+    """Real tensors in the place of fake weights: one number each, seen in the weight's shape unless `dense`.
+
+    Buffers are themselves.
+    """
     replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for owner in module.modules() if module is not None else ():
         groups: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
@@ -88,10 +93,11 @@ def _stand_in_weights(module: nn.Module | None, buffers: Mapping[int, torch.Tens
     made: dict[int, torch.Tensor] = {}
     for group, key, tensor in replaced:
         if id(tensor) not in made:
-            real = buffers.get(id(tensor))
+            real = originals.get(id(tensor))
             small = torch.full((), 0.01).to(tensor.dtype).expand(tuple(tensor.shape))
             small = small.contiguous() if dense else small
-            made[id(tensor)] = small if real is None or real.is_meta else real.cpu()
+            unread = real is None or real.is_meta or isinstance(real, nn.Parameter)
+            made[id(tensor)] = small if real is None or unread else real.cpu()
         group[key] = made[id(tensor)]
     try:
         yield
@@ -122,9 +128,8 @@ def _fake(value: Any, given: list[FakeTensor], sizes: Sizes, device: torch.devic
 
 def _symbolic(number: int, dim: int, ndim: int, given: list[FakeTensor], sizes: Sizes) -> Any:
     """The size of an argument that is `number`: first at the same place, then anywhere."""
-    places = [(t.shape[dim], True) for t in given if t.ndim == ndim]
-    places += [(size, False) for t in given for size in t.shape]
-    for size, _ in places:
+    same_place = [t.shape[dim] for t in given if t.ndim == ndim]
+    for size in (*same_place, *(size for t in given for size in t.shape)):
         if isinstance(size, torch.SymInt) and _number(size, sizes) == number:
             return size
     return number

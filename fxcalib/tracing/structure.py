@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,9 +56,11 @@ def is_native(spec: pytree.TreeSpec) -> bool:
     return spec.type in (tuple, list, dict) and all(is_native(child) for child in spec.children())
 
 
-def tensors(values: Sequence[object]) -> list[torch.Tensor]:
-    """The tensors among `values`."""
-    return [v for v in values if isinstance(v, torch.Tensor)]
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and elements, NaN like NaN."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def is_symbolic(value: object) -> bool:

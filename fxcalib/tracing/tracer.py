@@ -303,12 +303,8 @@ class Recorder:
 
     def _run_function(self, run: FunctionRun, args: Any, kwargs: Any) -> Any:
         module = next((x for x in flatten((args, kwargs))[0] if isinstance(x, nn.Module)), None)
-        with self._unrecorded(), self._env.suppress_guards(), self._env.ignore_fresh_unbacked_symbols():
-            self._on_fakes += 1
-            try:
-                return self._run_or_stand_in(run, module, args, kwargs, call_modules=True)
-            finally:
-                self._on_fakes -= 1
+        with self._opaquely():
+            return self._run_or_stand_in(run, module, args, kwargs, call_modules=True)
 
     def _call_original(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         leaves = flatten((args, kwargs))[0]
@@ -371,12 +367,8 @@ class Recorder:
 
         module.__dict__["forward"] = once
         try:
-            with self._unrecorded(), self._env.suppress_guards(), self._env.ignore_fresh_unbacked_symbols():
-                self._on_fakes += 1
-                try:
-                    return original(module, *args, **kwargs)
-                finally:
-                    self._on_fakes -= 1
+            with self._opaquely():
+                return original(module, *args, **kwargs)
         finally:
             restore()
 
@@ -406,13 +398,10 @@ class Recorder:
                 used[slot.proxy.node] = value
             return value
 
-        on_fakes, self._on_fakes = self._on_fakes, 0
-        try:
+        with self._on_real_tensors():
             result, matched = run_on_stand_ins(
-                run, module, args, kwargs, sizes=self._env, known=known, buffers=self._buffers
+                run, module, args, kwargs, sizes=self._env, known=known, originals=self._weights.originals
             )
-        finally:
-            self._on_fakes = on_fakes
         _refuse_objects(flatten(result)[0])
         if not matched:  # a size of the result follows from no other: it hangs on the data
             for node, value in used.items():
@@ -447,10 +436,6 @@ class Recorder:
         value = self._prefix.value(slot.proxy.node, call_modules=call_modules)
         return value if isinstance(value, torch.Tensor) else None
 
-    @property
-    def _buffers(self) -> Mapping[int, torch.Tensor]:
-        return {key: t for key, t in self._weights.originals.items() if not isinstance(t, nn.Parameter)}
-
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
         self._inside += 1
@@ -460,17 +445,32 @@ class Recorder:
         finally:
             self._inside -= 1
 
+    @contextmanager
+    def _opaquely(self) -> Iterator[None]:
+        """Code that runs on fakes for the metadata of its result alone."""
+        with self._unrecorded(), self._env.suppress_guards(), self._env.ignore_fresh_unbacked_symbols():
+            self._on_fakes += 1
+            try:
+                yield
+            finally:
+                self._on_fakes -= 1
+
+    @contextmanager
+    def _on_real_tensors(self) -> Iterator[None]:
+        """Code that runs on real tensors, also within some that runs on fakes."""
+        on_fakes, self._on_fakes = self._on_fakes, 0
+        try:
+            yield
+        finally:
+            self._on_fakes = on_fakes
+
     def _run_really(self, name: str, args: Any, kwargs: Any) -> Any:
         """The result of a module on real values; `UNKNOWN` where it has no weights."""
         module = self._model.get_submodule(name)
-        on_fakes, self._on_fakes = self._on_fakes, 0
-        try:
-            with self._weights.suspended():
-                if any(weight.is_meta for weight in module.parameters()):
-                    return UNKNOWN
-                return call_module(module, args, kwargs, self._device)
-        finally:
-            self._on_fakes = on_fakes
+        with self._on_real_tensors(), self._weights.suspended():
+            if any(weight.is_meta for weight in module.parameters()):
+                return UNKNOWN
+            return call_module(module, args, kwargs, self._device)
 
     def value_of(self, symbol: sympy.Symbol) -> int | float | None:
         """What a symbol that depends on data is on the traced batch. In opaque modules, where only sizes count, 1."""

@@ -9,7 +9,7 @@ import torch
 
 from fxcalib.tracing.errors import TraceError
 from fxcalib.tracing.graph import is_mutable
-from fxcalib.tracing.structure import flatten, is_symbolic
+from fxcalib.tracing.structure import flatten, is_symbolic, same_values
 from fxcalib.tracing.torch_private import FakeTensor
 
 
@@ -37,7 +37,7 @@ class FunctionRun:
             before = [leaf.clone() if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
             result = self._original(*args, **kwargs)
             pairs = enumerate(zip(before, leaves, strict=True))
-            self.changed = {i for i, (old, new) in pairs if old is not None and not _same_values(old, new)}
+            self.changed = {i for i, (old, new) in pairs if old is not None and not same_values(old, new)}
         for leaf in flatten(result)[0]:
             self._refuse(leaf)
         return result
@@ -58,9 +58,3 @@ def sized_as_given(result: Any, given: list[Any]) -> bool:
     """Whether each tensor of `result` has the sizes of an argument, as elementwise functions return them."""
     shapes = [str(tuple(x.shape)) for x in given if isinstance(x, torch.Tensor)]
     return all(str(tuple(x.shape)) in shapes for x in flatten(result)[0] if isinstance(x, torch.Tensor))
-
-
-def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    return not bool(((one != other) & ~(one.isnan() & other.isnan())).any())
