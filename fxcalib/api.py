@@ -68,7 +68,7 @@ def calibrate(
             `attention_mask`; None where no modifier needs data.
         modifiers: what to do, in order.
         pipeline: `sequential`, `layer_sequential`, `basic`, `datafree` or `independent`; None infers it from the
-            modifiers.
+            modifiers, and suspends the forwards of a model that cannot be traced.
         targets: sequential targets as class names, module names or `re:` patterns; default: the decoder layers.
         targets_per_subgraph: how many targets are calibrated at once.
         propagate_error: calibrate each subgraph on what the compressed ones before it put out; else one pass over the
@@ -191,7 +191,7 @@ def quantize(
         chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to warn of comes with the run, and into its report
-            flow = CalibrationPipeline.from_modifiers(chosen, pipeline)  # options are refused before a model is loaded
+            CalibrationPipeline.from_modifiers(chosen, pipeline)  # options are refused before a model is loaded
         _refuse_kind(model)
         if any(modifier.needs_data for modifier in chosen):
             _refuse_data(data)
@@ -205,7 +205,7 @@ def quantize(
             given = None if isinstance(data, (str, Path)) else data
             dataloader, described = _data(loaded, chosen, given, arguments)
         before = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate before")
-        report = _calibrate(loaded.model, dataloader, chosen, flow.name, arguments, progress)
+        report = _calibrate(loaded.model, dataloader, chosen, pipeline, arguments, progress)
         clock.seconds["calibrate"] = report.seconds
         after = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate after")
         report = replace(

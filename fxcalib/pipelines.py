@@ -69,8 +69,10 @@ class CalibrationPipeline(ABC):
     uses_data: ClassVar[bool] = True
     _registry: ClassVar[dict[str, type[CalibrationPipeline]]] = {}
 
-    def __init__(self, modifiers: Modifier | Sequence[Modifier]) -> None:
+    def __init__(self, modifiers: Modifier | Sequence[Modifier], *, inferred: bool = False) -> None:
         self.modifiers = _listed(modifiers)
+        self.inferred = inferred
+        """Whether nobody asked for this pipeline by name, so that another may take its place."""
         needing = _needing(self.modifiers)
         if not self.uses_data and needing:
             raise OptionError(
@@ -110,14 +112,14 @@ class CalibrationPipeline(ABC):
         listed = _listed(modifiers)
         needing = _needing(listed)
         inferred = "sequential" if needing else "datafree"
-        chosen = cls.named(inferred if user is None or user == "" else user)
+        chosen = cls.named(user or inferred)
         if chosen.name == "basic" and needing:
             warnings.warn(
                 f"the basic pipeline calibrates every layer on the outputs of the original model; "
                 f"pipeline={inferred!r} calibrates on those of the compressed one and gives a better result",
                 stacklevel=2,
             )
-        return chosen(listed)
+        return chosen(listed, inferred=not user)
 
     def _targets(self, model: nn.Module, arguments: DatasetArguments) -> tuple[list[str], list[str]]:
         targets, ignore = get_targets_from_modifiers(self.modifiers, model)
@@ -201,7 +203,11 @@ class CalibrationPipeline(ABC):
 
 
 class SequentialPipeline(CalibrationPipeline):
-    """Each batch passes each subgraph twice: to calibrate it, and to propagate what the compressed one puts out."""
+    """Each batch passes each subgraph twice: to calibrate it, and to propagate what the compressed one puts out.
+
+    A model that cannot be traced is calibrated on its suspended forwards where this pipeline was inferred; where it was
+    asked for, the error is raised.
+    """
 
     name = "sequential"
 
@@ -209,10 +215,18 @@ class SequentialPipeline(CalibrationPipeline):
         targets, ignore = self._targets(model, arguments)
         try:
             traced = trace(model, batch, targets, ignore=ignore, device=arguments.compute_device())
-        except TraceError:
+        except TraceError as error:
             with torch.no_grad():
                 model(**batch)  # an error of the model itself is clearer than one of its trace
-            raise
+            if not self.inferred:
+                raise
+            warnings.warn(
+                "the model cannot be traced, so its own forwards are suspended at each layer instead (the "
+                "layer_sequential pipeline with suspended=True; values between layers stay on the device). Look into it "
+                f"with `fxcalib trace`. The reason: {error}",
+                stacklevel=2,
+            )
+            return SuspendedProgram(model, resolve_targets(model, targets, ignore), batch)
         return TracedProgram(partition(traced, arguments.sequential_targets_per_subgraph))
 
 

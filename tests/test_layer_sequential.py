@@ -32,6 +32,7 @@ from transformers import (
 from fxcalib import QuantizationModifier, calibrate
 from fxcalib.errors import ModelError, OptionError
 from fxcalib.pipelines import get_targets_from_modifiers
+from fxcalib.tracing import TraceError
 
 
 @pytest.mark.parametrize("suspended", [False, True])
@@ -75,8 +76,8 @@ def test_an_encoder_decoder_is_refused_unless_suspended() -> None:
     same_state(hung, traced)
 
 
-class Untraceable(nn.Module):
-    """A chain of layers behind a branch on a module's result, which no trace can know."""
+class Branching(nn.Module):
+    """A chain of layers behind a branch on a module's result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,10 +94,10 @@ class Untraceable(nn.Module):
         return x
 
 
-def test_what_cannot_be_traced_runs() -> None:
+def test_what_is_calibrated_without_a_trace() -> None:
     batches = [{"x": torch.randn(6, 32)} for _ in range(3)]
     options: dict[str, Any] = {"targets": ["re:layers.\\d+$"], "pipeline": "layer_sequential"}
-    chained, hung = Untraceable(), Untraceable()
+    chained, hung = Branching(), Branching()
     modifier = {"ignore": ["embed"], "targets": ["Linear"]}
     report = calibrate(chained, batches, gptq(**modifier), **options)
     calibrate(hung, batches, gptq(**modifier), suspended=True, **options)
@@ -104,8 +105,26 @@ def test_what_cannot_be_traced_runs() -> None:
     assert [m.measure for m in report.modules] == ["output", "output"]
 
 
+class Untraceable(Branching):
+    """Leaves torch half-way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.from_numpy(x.numpy().copy()) + torch.from_numpy(self.embed(x).numpy()))
+
+
+def test_what_cannot_be_traced_falls_back_where_no_pipeline_was_asked_for() -> None:
+    model, expected, batches = Untraceable(), Untraceable(), [{"x": torch.randn(4, 32)} for _ in range(3)]
+    with pytest.raises(TraceError, match="numpy"):
+        calibrate(model, batches, gptq(), pipeline="sequential")
+    with pytest.warns(UserWarning, match="cannot be traced, so its own forwards are suspended"):
+        report = calibrate(model, batches, gptq(), pipeline=None)
+    assert any("suspended" in warning for warning in report.warnings)
+    calibrate(expected, batches, gptq(), pipeline="layer_sequential", suspended=True)
+    same_state(model, expected)
+
+
 def test_glue_between_layers_is_noticed() -> None:
-    class Scaled(Untraceable):
+    class Scaled(Branching):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:
                 x = layer(x) * 2
@@ -325,7 +344,7 @@ def test_what_is_no_chain_is_refused(glue: str, reason: str) -> None:
         calibrate(Chain(["plain"] * 3, glue), batches, modifier, **chain_options())
 
 
-class Skipping(Untraceable):
+class Skipping(Branching):
     def forward(self, x: torch.Tensor, most: int = 2) -> torch.Tensor:
         for layer in self.layers[:most]:
             x = layer(x)
@@ -341,7 +360,7 @@ def test_a_batch_that_skips_a_layer_is_refused() -> None:
         calibrate(Skipping(), batches, suspended=True, **options)
 
 
-class Communicating(Untraceable):
+class Communicating(Branching):
     """Layers that tell each other through an object beside the hidden state."""
 
     def __init__(self) -> None:
@@ -381,7 +400,7 @@ def test_layers_that_share_an_object_are_refused() -> None:
     same_state(hung, walked)
 
 
-class UnderModes(Untraceable):
+class UnderModes(Branching):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for layer in self.layers:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.results import markdown
 from benchmarks.zoo.building import EAGER, SDPA
-from benchmarks.zoo.scoring import DECODER, DEFAULT
+from benchmarks.zoo.scoring import DECODER, DEFAULT, LINEAR
 
 Record = dict[str, Any]
 Scores = list[dict[str, Any]]
@@ -24,7 +24,7 @@ def table(records: Iterable[Record]) -> str:
 
 def summary(records: Iterable[Record]) -> list[dict[str, object]]:
     """The rows of `table`: how many architectures have each quality under both sets of targets with eager attention,
-    all of them with sdpa, everything with the decoder's layers only, and everything."""
+    all of them with sdpa, everything with the decoder's layers only, and everything; linear targets are counted apart."""
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     tools: dict[str, None] = {}
     for record in records:
@@ -41,7 +41,7 @@ def _row(category: str, tool: str, found: Sequence[Record]) -> dict[str, object]
 
     def count(quality: Callable[[dict[str, Any]], bool], attention: str = EAGER, targets: str | None = None) -> str:
         of = [_select(record["scores"], attention, targets) for record in scored]
-        of = [scores for scores in of if scores or attention == EAGER]
+        of = [scores for scores in of if scores or (attention == EAGER and targets != LINEAR)]
         return f"{sum(bool(scores) and all(map(quality, scores)) for scores in of)}/{len(of)}"
 
     return {
@@ -56,6 +56,7 @@ def _row(category: str, tool: str, found: Sequence[Record]) -> dict[str, object]
         "default targets": count(lambda s: s["full"], targets=DEFAULT),
         "decoder only": count(lambda s: s["full"], targets=DECODER),
         "sdpa": count(lambda s: s["full"], attention=SDPA),
+        "linear targets": count(lambda s: s["full"], targets=LINEAR),
         "full": f"{sum(map(is_full, scored))}/{len(scored)}",
         "silently wrong": sum(any(s["wrong"] for s in _select(r["scores"], EAGER)) for r in scored),
         "wrong, sdpa": sum(any(s["wrong"] for s in _select(r["scores"], SDPA)) for r in scored),
@@ -63,7 +64,8 @@ def _row(category: str, tool: str, found: Sequence[Record]) -> dict[str, object]
 
 
 def _select(scores: Scores, attention: str, targets: str | None = None) -> Scores:
-    return [s for s in scores if s["attention"] == attention and targets in (None, s["targets"])]
+    wanted = (targets,) if targets else (DEFAULT, DECODER)
+    return [s for s in scores if s["attention"] == attention and s["targets"] in wanted]
 
 
 def is_scored(record: Record) -> bool:
@@ -72,17 +74,18 @@ def is_scored(record: Record) -> bool:
 
 
 def is_full(record: Record) -> bool:
-    """Whether nothing is amiss with any targets or attention."""
-    return not record.get("crash") and bool(record["scores"]) and all(s["full"] for s in record["scores"])
+    """Whether nothing is amiss with layers as targets, either set of them and any attention."""
+    scores = [s for s in record["scores"] if s["targets"] != LINEAR]
+    return not record.get("crash") and bool(scores) and all(s["full"] for s in scores)
 
 
 def failures(records: Iterable[Record]) -> list[str]:
-    """One line for each architecture that is not scored in full: tool, name, where, and the cause."""
+    """One line for each architecture with anything amiss: tool, name, where, and the cause."""
     lines = []
     for record in records:
-        if not is_scored(record) or is_full(record):
+        failed = next((s for s in record.get("scores", ()) if not s["full"]), None)
+        if not is_scored(record) or (failed is None and is_full(record)):
             continue
-        failed = next((s for s in record["scores"] if not s["full"]), None)
         where = f"{failed['targets']} targets, {failed['attention']} attention" if failed else "process"
         wrong = next((f"WRONG with {s['attention']} attention, " for s in record["scores"] if s["wrong"]), "")
         why = (failed and failed["cause"]) or record.get("crash") or record.get("error") or "unknown"

@@ -19,7 +19,10 @@ from benchmarks.zoo.errors import NotBuilt, cause
 from benchmarks.zoo.targets import expected_calls
 from benchmarks.zoo.tools import Cut, Tool
 
-DEFAULT, DECODER = "default", "decoder"
+DEFAULT, DECODER, LINEAR = "default", "decoder", "linear"
+
+DECODER_ONLY = "causal_lm"
+"""The category that is scored with linear modules as targets too."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Outcome:
 
 def score(case: Case, tool: Tool, targets: str, attention: str) -> Score:
     """Score `tool` on `case` with one of its sets of targets."""
-    classes = case.targets.default if targets == DEFAULT else case.targets.decoder
+    classes: tuple[str, ...] = getattr(case.targets, targets)
     made = Score(targets, attention)
     started = time.process_time()
     with warnings.catch_warnings():
@@ -170,16 +173,18 @@ def records(architecture: Architecture, tool: Tool) -> Iterator[dict[str, Any]]:
             except NotBuilt as refused:
                 record["sdpa"] = f"{refused.stage}: {refused}"
                 break
-        for made in _both_sets(architecture, case, tool, attention):
+        for made in _all_sets(architecture, case, tool, attention):
             record["scores"].append({**asdict(made), "full": made.full})
             yield record
     yield {**record, "complete": True}
 
 
-def _both_sets(architecture: Architecture, case: Case, tool: Tool, attention: str) -> Iterator[Score]:
+def _all_sets(architecture: Architecture, case: Case, tool: Tool, attention: str) -> Iterator[Score]:
     first = score(case, tool, DEFAULT, attention)
     yield first
     if case.targets.default == case.targets.decoder:
         yield replace(first, targets=DECODER, seconds=0.0)
     else:
         yield score(case if first.restored else build(architecture, attention), tool, DECODER, attention)
+    if architecture.category == DECODER_ONLY and attention == EAGER:
+        yield score(build(architecture, attention), tool, LINEAR, attention)

@@ -1,4 +1,4 @@
-"""The two sets of sequential targets that every model is scored with, and what its forward calls of them."""
+"""The sets of sequential targets that models are scored with, and what their forwards call of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from benchmarks.zoo.outputs import copied
+
+LINEAR_CLASSES = (nn.Linear, Conv1D)
 
 SIDE_TOWER = re.compile(
     r"vis|image|audio|tower|speech|patch|conv|proj|sam|encoder(?!s)|qformer|perceiver|resampler|aligner|connector"
@@ -36,6 +39,8 @@ class TargetSets:
     """The model's `_no_split_modules` that it calls; else those of all its stacks of layers; else of its children."""
     decoder: tuple[str, ...]
     """The layers of the decoder alone: of the largest stack that is no side tower."""
+    linear: tuple[str, ...] = ()
+    """Every linear module that it calls, inside of attention and MLP."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class _Stack:
 
 
 def target_sets(model: nn.Module, batch: Mapping[str, Any]) -> TargetSets:
-    """Both sets for `model`, from what its eager forward of `batch` calls."""
+    """All sets for `model`, from what its eager forward of `batch` calls."""
     called = _calls(model, {name: module for name, module in model.named_modules() if name}, batch)
     present = {type(module).__name__ for name, module in model.named_modules() if called[name]}
     declared = tuple(sorted(name for name in getattr(model, "_no_split_modules", None) or () if name in present))
@@ -59,7 +64,8 @@ def target_sets(model: nn.Module, batch: Mapping[str, Any]) -> TargetSets:
         decoder = max(decoders, key=lambda stack: stack.parameters).classes
     layers = tuple(sorted({name for stack in outer for name in stack.classes}))
     children = tuple(sorted({type(child).__name__ for name, child in model.named_children() if called[name]}))
-    return TargetSets(declared or layers or children, decoder or declared or children)
+    linear = {type(m).__name__ for name, m in model.named_modules() if called[name] and isinstance(m, LINEAR_CLASSES)}
+    return TargetSets(declared or layers or children, decoder or declared or children, tuple(sorted(linear)))
 
 
 def expected_calls(
