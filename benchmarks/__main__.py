@@ -12,6 +12,8 @@ BENCHMARKS = {
     "gptq": "time, memory and quality of GPTQ W4A16 on SmolLM2-135M, beside llm-compressor",
     "peaks": "predicted against measured peaks of memory on three models of different shapes",
     "planning_time": "how long planning takes for models of 8 to 671 billion parameters; bytes of masks",
+    "speed": "seconds of calibration beside llm-compressor and beside the least that the machine allows",
+    "tracing_time": "how long tracing and partitioning take for models of 8 to 671 billion parameters",
     "zoo": "tracing and partitioning exactly: every architecture of transformers as a tiny model, beside other tools",
 }
 """Name -> one line. Each is a module `benchmarks.NAME` with `add_arguments(parser)` and `run(arguments)`."""

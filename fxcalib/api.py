@@ -15,6 +15,7 @@ from torch import nn
 from fxcalib import memory
 from fxcalib.arguments import DatasetArguments
 from fxcalib.batch_checks import fingerprint_batches
+from fxcalib.batch_size import samples_a_batch
 from fxcalib.checkpoint import prepare_output, save
 from fxcalib.data import batches, build, load_texts
 from fxcalib.errors import DataError, ModelError, OptionError, nearest
@@ -32,6 +33,7 @@ from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
 from fxcalib.modifiers.schemes import unquantizable
 from fxcalib.patterns import names_of
 from fxcalib.pipelines import CalibrationPipeline
+from fxcalib.profiling import Profile, profiling
 from fxcalib.progress import Progress
 from fxcalib.report import Report, unquantized_note, versions
 from fxcalib.sources import check_source
@@ -55,9 +57,10 @@ def calibrate(
     targets_per_subgraph: int = 1,
     propagate_error: bool = True,
     suspended: bool = False,
-    offload: str = "cpu",
+    offload: str = "auto",
     device: str | None = None,
     seed: int = 0,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Compress `model` in place.
@@ -75,9 +78,11 @@ def calibrate(
             data on the original model's values does for both.
         suspended: in the layer_sequential pipeline, suspend the model's own forwards at each layer instead of calling
             the layers in a chain.
-        offload: where intermediates lie between batches: `cpu`, `none` (on the device that computes) or a device.
+        offload: where intermediates lie between batches: `cpu`, `none` (on the device that computes), a device, or
+            `auto`: on the device that computes as far as they fit, else on the CPU.
         device: where to compute; default: the accelerator if there is one. The model returns to where it was.
         seed: of random operations in the model.
+        profile: report where the time went.
         progress: is told of every step.
 
     Returns:
@@ -102,7 +107,7 @@ def calibrate(
     refuse_non_finite(model)
     progress = progress or Progress()
     try:
-        return _calibrate(model, dataloader, chosen, pipeline, arguments, progress)
+        return _calibrate(model, dataloader, chosen, pipeline, arguments, progress, profile)
     finally:
         progress.close()
 
@@ -119,14 +124,14 @@ def quantize(
     text_column: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     pack: bool = True,
     pipeline: str | None = None,
     targets: str | Sequence[str] | None = None,
     targets_per_subgraph: int = 1,
     propagate_error: bool = True,
     suspended: bool = False,
-    offload: str = "cpu",
+    offload: str = "auto",
     device: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
@@ -134,6 +139,7 @@ def quantize(
     overwrite: bool = False,
     processor: Any = None,
     evaluate: bool = False,
+    profile: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -151,7 +157,7 @@ def quantize(
             tensors; default: text that the package ships.
         text_column: of the data; default: `text`.
         samples, seq_len: how much text, in samples and tokens a sample; default: up to 128 of up to 1024.
-        batch_size: samples a batch.
+        batch_size: samples a batch; default: as many as keep the device busy, within its memory.
         pack: join documents to samples without padding; else one document is one sample, padded.
         pipeline: as `calibrate`; default: inferred from the modifiers.
         targets, targets_per_subgraph, propagate_error, suspended, offload, device, seed: as `calibrate`.
@@ -160,6 +166,7 @@ def quantize(
         overwrite: replace a checkpoint that fxcalib wrote there before.
         processor: tokenizer or processor of a module; loaded ones bring their own.
         evaluate: measure the perplexity on held-out text before and after.
+        profile: report where the time of the calibration went.
         trust_remote_code: run code that comes with the checkpoint.
         progress: is told of every step.
 
@@ -205,7 +212,7 @@ def quantize(
             given = None if isinstance(data, (str, Path)) else data
             dataloader, described = _data(loaded, chosen, given, arguments)
         before = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate before")
-        report = _calibrate(loaded.model, dataloader, chosen, pipeline, arguments, progress)
+        report = _calibrate(loaded.model, dataloader, chosen, pipeline, arguments, progress, profile)
         clock.seconds["calibrate"] = report.seconds
         after = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate after")
         report = replace(
@@ -249,14 +256,14 @@ def plan(
     modifiers: Modifier | Sequence[Modifier] | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     pack: bool = True,
     pipeline: str | None = None,
     targets: str | Sequence[str] | None = None,
     targets_per_subgraph: int = 1,
     propagate_error: bool = True,
     suspended: bool = False,
-    offload: str = "cpu",
+    offload: str = "auto",
     device: str | None = None,
     dtype: str = "auto",
     seed: int = 0,
@@ -321,10 +328,11 @@ def plan(
     )
     if calibrate_machine:
         machine.measure(arguments.compute_device())
+    length = arguments.seq_len(getattr(skeleton, "config", None))
     calibration = Calibration(
         samples=arguments.samples,
-        batch_size=batch_size,
-        seq_len=arguments.seq_len(getattr(skeleton, "config", None)),
+        batch_size=samples_a_batch(skeleton, length, arguments.compute_device()) if batch_size is None else batch_size,
+        seq_len=length,
         padded=not pack,
     )
     return replace(predict(skeleton, label, flow, calibration, arguments, writes=writes), note=note)
@@ -337,13 +345,16 @@ def _calibrate(
     pipeline: str | None,
     arguments: DatasetArguments,
     progress: Progress,
+    profiled: bool,
 ) -> Report:
     memory.reset_peaks()
     started = time.perf_counter()
     fingerprint = _Fingerprinted(dataloader)
-    with _collected_warnings() as caught:
+    profile = Profile(arguments.compute_device()) if profiled else None
+    with _collected_warnings() as caught, profiling(profile):
         flow = CalibrationPipeline.from_modifiers(modifiers, pipeline)
         outcome = flow(model, fingerprint if dataloader is not None else None, arguments, progress=progress)
+    parts = {} if profile is None else profile.seconds()
     seconds = time.perf_counter() - started
     note = unquantized_note(unquantizable(model), sum(p.numel() for p in model.parameters()))
     return Report(
@@ -367,6 +378,7 @@ def _calibrate(
         versions=versions(),
         warnings=tuple(caught),
         notes=() if note is None else (note,),
+        profile=parts,
     )
 
 
@@ -455,7 +467,11 @@ def _data(
         pack=arguments.concatenate_data,
         at_most=arguments.num_calibration_samples is None,
     )
-    return batches(built, arguments.batch_size), built.describe()
+    longest = max(len(sample) for sample in built.samples)
+    size = arguments.batch_size
+    if size is None:
+        size = samples_a_batch(loaded.model, longest, arguments.compute_device())
+    return batches(built, size), built.describe()
 
 
 def _perplexity(

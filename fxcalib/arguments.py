@@ -26,15 +26,16 @@ class DatasetArguments:
     """None: as many as there are, up to 128."""
     max_seq_length: int | None = None
     """Tokens a sample; None: 1024, or what the model takes where that is less."""
-    batch_size: int = 4
-    """Samples a batch."""
+    batch_size: int | None = None
+    """Samples a batch; None: as many as keep the device busy, within its memory."""
     concatenate_data: bool = True
     """Whether documents are joined to samples without padding; else each is one sample, padded to its batch."""
     sequential_targets: tuple[str, ...] | None = None
     """Class names, module names or `re:` patterns; None: the model's no-split modules."""
     sequential_targets_per_subgraph: int = 1
-    sequential_offload_device: str = "cpu"
-    """Where intermediates lie between batches: `cpu`, `none` (where they are computed) or a device."""
+    sequential_offload_device: str = "auto"
+    """Where intermediates lie between batches: `cpu`, `none` (where they are computed), a device, or `auto`: where they
+    are computed as far as they fit, else on the CPU."""
     device: str | None = None
     """Where subgraphs run; None: the accelerator if there is one, else the CPU."""
     tracing_ignore: tuple[str, ...] = ()

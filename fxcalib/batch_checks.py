@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxcalib.errors import BatchError, nearest
+from fxcalib.tracing.structure import open_dataclasses
 
 TOKEN_KEYS = ("input_ids", "inputs_embeds", "encoder_outputs")
 """Keys of which transformers' text models need one, though their signatures call all of them optional."""
@@ -49,7 +50,7 @@ def fingerprint_batches(batches: Iterable[Mapping[str, Any]]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for key in sorted(batch):
-            leaves, structure = pytree.tree_flatten(batch[key])
+            leaves, structure = pytree.tree_flatten(open_dataclasses(batch[key]))
             digest.update(f"{key} {structure}\n".encode())
             for leaf in leaves:
                 if isinstance(leaf, torch.Tensor):
@@ -63,7 +64,7 @@ def fingerprint_batches(batches: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _check_value(key: str, value: object, index: int) -> None:
-    leaves = pytree.tree_leaves(value)
+    leaves = pytree.tree_leaves(open_dataclasses(value))
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.numel() == 0:
             raise BatchError(

@@ -21,7 +21,8 @@ from fxcalib.errors import ModelError
 from fxcalib.planning import Part
 from fxcalib.programs import Bound, Program
 from fxcalib.tracing import Targets
-from fxcalib.tracing.structure import PLAIN, flatten, same_values, unflatten
+from fxcalib.tracing.preserve import unchanged
+from fxcalib.tracing.structure import PLAIN, flatten, open_dataclasses, same_values, unflatten
 
 HIDDEN = "hidden_states"
 TOLERANCE = 0.01
@@ -89,7 +90,8 @@ class ChainProgram(Program):
 
     def bind(self, batch: Mapping[str, Any]) -> Bound:
         if self._slot < 0:
-            self._inspect(batch)
+            with unchanged(self.model):
+                self._inspect(batch)
         return self._described(self._stubbed(batch))
 
     def _described(self, calls: Sequence[tuple[Any, list[Any]]]) -> Bound:
@@ -118,7 +120,8 @@ class ChainProgram(Program):
     def _inspect(self, batch: Mapping[str, Any]) -> None:
         """Hold the chain against the model: who feeds whom, what the layers are given, and what comes out."""
         outside = Contexts.current().autocast
-        seen, last = self._watched(batch)
+        with unchanged(self.model):
+            seen, last = self._watched(batch)
         try:
             calls = self._stubbed(batch)
             for name, real, (structure, leaves) in zip(self._names, seen, calls, strict=True):
@@ -163,7 +166,7 @@ class ChainProgram(Program):
         def look(k: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
             nonlocal previous, before
             names.append(self._names[k])
-            leaves, structure = flatten((args, kwargs))
+            leaves, structure = flatten(open_dataclasses((args, kwargs)))
             slot = -1
             if previous is not None:
                 found = [i for i, leaf in enumerate(leaves) if leaf is previous]
@@ -206,7 +209,7 @@ class ChainProgram(Program):
             if k != len(calls):
                 raise self._other_way(f"calls {self._names[k]} where the first one calls {self._names[len(calls)]}")
             nonlocal hidden, before
-            leaves, structure = flatten((args, kwargs))
+            leaves, structure = flatten(open_dataclasses((args, kwargs)))
             if self._slot >= len(leaves) or not isinstance(leaves[self._slot], torch.Tensor):
                 raise self._other_way(f"calls {self._names[k]} with other arguments than the first one")
             if k == 0:

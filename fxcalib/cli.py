@@ -57,6 +57,17 @@ TargetsPerSubgraph = Annotated[
     int,
     typer.Option(min=1, metavar="N", help="Sequential targets in each subgraph.", rich_help_panel="How it runs"),
 ]
+
+
+def _size_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of samples nor auto") from None
+
+
 PropagateError = Annotated[
     bool,
     typer.Option(
@@ -75,6 +86,16 @@ SequenceLength = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens a sample.", rich_help_panel="Data")
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Samples a batch.", rich_help_panel="Data")]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        parser=_size_or_auto,
+        metavar="N|auto",
+        help="Samples a batch. Default: auto, as many as keep the device busy.",
+        rich_help_panel="Data",
+    ),
+]
 BatchFile = Annotated[
     Path | None,
     typer.Option(
@@ -90,6 +111,14 @@ Suspended = Annotated[
         "--suspended",
         help="With --pipeline layer_sequential: let the model's own forwards wait at each layer, instead of calling "
         "the layers in a chain. For models whose layers form no chain.",
+        rich_help_panel="How it runs",
+    ),
+]
+Offload = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cpu|none",
+        help="Where activations wait between passes: on the device as far as they fit, in host memory, on the device.",
         rich_help_panel="How it runs",
     ),
 ]
@@ -232,7 +261,7 @@ def quantize(
     text_column: TextColumn = None,
     samples: Samples = None,
     seq_len: SequenceLength = None,
-    batch_size: BatchSize = None,
+    batch_size: MicroBatch = None,
     pack: Annotated[
         bool,
         typer.Option(
@@ -257,10 +286,7 @@ def quantize(
     targets_per_subgraph: TargetsPerSubgraph = 1,
     propagate_error: PropagateError = True,
     suspended: Suspended = False,
-    offload: Annotated[
-        str,
-        typer.Option(metavar="cpu|none", help="Where activations wait between passes.", rich_help_panel="How it runs"),
-    ] = "cpu",
+    offload: Offload = "auto",
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -281,6 +307,9 @@ def quantize(
     evaluate: Annotated[
         bool,
         typer.Option("--eval", help="Measure perplexity on held-out text before and after.", rich_help_panel="Output"),
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print where the time went.", rich_help_panel="Output")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -307,6 +336,7 @@ def quantize(
         "device": device,
         "dtype": dtype,
         "seed": seed,
+        "profile": profile,
         "overwrite": overwrite,
         "trust_remote_code": trust_remote_code,
     }
@@ -330,6 +360,7 @@ def quantize(
         from rich.console import Console
 
         Console().print(table)
+        typer.echo("".join(f"{line}\n" for line in report.profile_table()), nl=False)
         typer.echo(f"The checkpoint is in {report.output}")
     else:
         typer.echo(str(dataclasses.replace(report, warnings=())))  # they were printed when they arose
@@ -536,7 +567,7 @@ def plan_command(
     text_column: TextColumn = None,
     samples: Samples = None,
     seq_len: SequenceLength = None,
-    batch_size: BatchSize = None,
+    batch_size: MicroBatch = None,
     pack: Annotated[
         bool, typer.Option("--pack/--no-pack", help="Samples of full length, or padded.", rich_help_panel="Data")
     ] = True,
@@ -553,10 +584,7 @@ def plan_command(
     targets_per_subgraph: TargetsPerSubgraph = 1,
     propagate_error: PropagateError = True,
     suspended: Suspended = False,
-    offload: Annotated[
-        str,
-        typer.Option(metavar="cpu|none", help="Where activations wait between passes.", rich_help_panel="How it runs"),
-    ] = "cpu",
+    offload: Offload = "auto",
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from fxcalib.finiteness import check_finite
+from fxcalib.finiteness import FiniteChecks
 from fxcalib.intermediates import Intermediates
 from fxcalib.modifiers.base import CurrentBatch, Modifier, ModuleResult, Scope
 from fxcalib.planning import Plan, Step
+from fxcalib.profiling import span
 from fxcalib.programs import Bound, Program
 from fxcalib.progress import Progress
 from fxcalib.report import SubgraphReport
@@ -40,6 +41,7 @@ class Batches:
     def __init__(self, program: Program, store: Intermediates) -> None:
         self._program, self.store = program, store
         self.facts: list[BatchFacts] = []
+        self._first: Bound | None = None
         self.shared: dict[int, frozenset[str]] = {}
         """Variant -> values that a subgraph writes to in place."""
 
@@ -48,14 +50,20 @@ class Batches:
 
     def add(self, given: Iterable[object], prepare: Callable[[object, int], Mapping[str, Any]]) -> None:
         """Take in batches; `prepare(batch, index)` raises for one that the model cannot take, or says what it takes."""
-        for index, each in enumerate(given):
-            batch = prepare(each, index)
-            bound = self._program.bind(batch)
-            if bound.variant not in self.shared:
-                parts = self._program.parts(bound.variant)
-                self.shared[bound.variant] = frozenset(name for part in parts for name in part.changes)
-            self.store.append(bound.values, shared=self.shared[bound.variant])
-            self.facts.append(_facts(batch, bound))
+        with self._program.binding():
+            for index, each in enumerate(given):
+                batch = prepare(each, index)
+                bound = self._program.bind(batch)
+                self._first = self._first or bound
+                if bound.variant not in self.shared:
+                    parts = self._program.parts(bound.variant)
+                    self.shared[bound.variant] = frozenset(name for part in parts for name in part.changes)
+                self.store.append(bound.values, shared=self.shared[bound.variant])
+                self.facts.append(_facts(batch, bound))
+
+    def bytes_of(self, names: Collection[str]) -> int:
+        """Bytes of the values `names` of all batches, if all are like the first; 0 where that is not known."""
+        return 0 if self._first is None else self._program.bytes_of(self._first, names) * len(self)
 
     @property
     def variants(self) -> set[int]:
@@ -138,41 +146,56 @@ class _Run:
 
     def _step(self, index: int, step: Step, residency: Residency) -> None:
         if step.kind == "load":
-            residency.load(self._program.called(step.subgraph))
-        elif step.kind == "unload":
-            residency.unload(self._program.called(step.subgraph))
-        elif step.sweeps:
+            residency.load(step.subgraph, self._program.called(step.subgraph))
+            return
+        if step.kind == "unload":
+            residency.unload(step.subgraph)
+            return
+        with span("copies"):
+            residency.wait(step.subgraph)
+        if step.sweeps:
             with ExitStack() as observing:
                 for position in step.modifiers:
                     observing.enter_context(self._modifiers[position].observe(self._scope(step)))
                 self._sweep(index, step)
         else:
-            for position in step.modifiers:
-                for result in self._modifiers[position].commit(self._scope(step)):
-                    self._results.append(result)
-                    self._progress.module(result)
+            with span("solve"):
+                results = [
+                    r for position in step.modifiers for r in self._modifiers[position].commit(self._scope(step))
+                ]
+            self._results.extend(results)
+            for result in results:
+                self._progress.module(result)
 
     def _scope(self, step: Step) -> Scope:
         return Scope(self._program.model, step.subgraph, self._program.modules(step.subgraph), self._current)
 
     def _sweep(self, index: int, step: Step) -> None:
-        store, current = self._batches.store, self._current
-        self._progress.sweep(step.subgraph, step.kind, len(self._batches))
+        store, current, facts = self._batches.store, self._current, self._batches.facts
+        self._progress.sweep(step.subgraph, step.kind, len(facts))
         again = any(s.sweeps and s.subgraph == step.subgraph for s in self._main.steps[index + 1 :])
-        with torch.no_grad():
-            for i, fact in enumerate(self._batches.facts):
+        checks = FiniteChecks(self._program.model)
+        with torch.no_grad(), self._program.sweeping(step.subgraph, again=again):
+            for i, fact in enumerate(facts):
                 own = self._plans[fact.variant].steps[index]
                 part = self._program.parts(fact.variant)[step.subgraph]
                 current.index = i
                 current.token_mask = None if fact.token_mask is None else fact.token_mask.to(self._device)
-                values = store.load(i, own.reads, private=part.changes if again else ())
+                with span("copies"):
+                    values = store.load(i, own.reads, private=part.changes if again else ())
+                    if i + 1 < len(facts):
+                        store.prefetch(i + 1, self._plans[facts[i + 1].variant].steps[index].reads)
                 run = partial(self._program.run, fact.variant, step.subgraph, values, fact.signature, own.writes)
-                outputs = run()
+                with span("forward"):
+                    outputs = run()
                 kept = {name: outputs[name] for name in own.writes}
-                check_finite(kept, i, current.token_mask, run, self._program.model)
-                store.store(i, kept, shared=self._batches.shared[fact.variant])
-                store.free(i, own.frees)
+                checks.add(kept, i, current.token_mask, run)
+                with span("copies"):
+                    store.store(i, kept, shared=self._batches.shared[fact.variant])
+                    store.free(i, own.frees)
+                store.pace()
                 self._progress.batch(fact.tokens)
+        checks.finish()
         current.index, current.token_mask = -1, None
 
 

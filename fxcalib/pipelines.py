@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,16 +30,18 @@ from fxcalib.caches import without_cache
 from fxcalib.chains import ChainProgram
 from fxcalib.errors import DataError, OptionError, nearest
 from fxcalib.executor import Batches, execute
-from fxcalib.intermediates import Intermediates, storage_device
+from fxcalib.intermediates import Intermediates
 from fxcalib.modifiers.base import Modifier, ModuleResult
 from fxcalib.partitioning import partition
 from fxcalib.planning import Plan, make_plan
+from fxcalib.profiling import span
 from fxcalib.programs import Program, TracedProgram, WholeProgram
 from fxcalib.progress import Progress
 from fxcalib.report import SubgraphReport
 from fxcalib.suspended import SuspendedProgram
 from fxcalib.tracing import TraceError, default_targets, resolve_targets, trace
-from fxcalib.weights import Residency
+from fxcalib.tracing.preserve import unchanged
+from fxcalib.weights import all_on
 
 Dataloader = Iterable[Mapping[str, Any]]
 
@@ -166,29 +169,31 @@ class CalibrationPipeline(ABC):
         progress: Progress,
     ) -> Outcome:
         needs = [modifier.needs for modifier in self.modifiers]
-        store = Intermediates(device, storage_device(arguments.sequential_offload_device, device))
+        store = Intermediates.for_offload(arguments.sequential_offload_device, device)
         if any(need.observed for need in needs):
             first, rest = _first_of(dataloader)
             prepare = partial(_prepared, model)
             checked = prepare(first, 0)
             progress.phase("trace")
-            program = self.program(model, checked, arguments)
+            with span("trace"):
+                program = self.program(model, checked, arguments)
             taken = Batches(program, store)
-            taken.add(chain([first], rest), prepare)
+            with span("data"):
+                taken.add(chain([first], rest), prepare)
         else:
             program = WholeProgram(model)
             taken = Batches(program, store)
-        resident = Residency(model, device).complete
         plans = {
             variant: make_plan(
                 program.parts(variant),
                 needs,
                 program.inputs(variant),
-                resident=resident,
+                resident=all_on(model, device),
                 propagate_error=arguments.propagate_error,
             )
             for variant in sorted(taken.variants | {0})
         }
+        store.expect(taken.bytes_of(next((step.writes for step in plans[0].steps if step.writes), ())))
         progress.phase("calibrate")
         done = execute(plans, program, taken, self.modifiers, device=device, progress=progress)
         return Outcome(
@@ -216,14 +221,14 @@ class SequentialPipeline(CalibrationPipeline):
         try:
             traced = trace(model, batch, targets, ignore=ignore, device=arguments.compute_device())
         except TraceError as error:
-            with torch.no_grad():
-                model(**batch)  # an error of the model itself is clearer than one of its trace
+            with torch.no_grad(), unchanged(model):
+                model(**copy.deepcopy(dict(batch)))  # an error of the model itself is clearer than one of its trace
             if not self.inferred:
                 raise
             warnings.warn(
                 "the model cannot be traced, so its own forwards are suspended at each layer instead (the "
-                "layer_sequential pipeline with suspended=True; values between layers stay on the device). Look into it "
-                f"with `fxcalib trace`. The reason: {error}",
+                "layer_sequential pipeline with suspended=True; values between layers stay on the device). "
+                f"`fxcalib trace` looks into it. The reason: {error}",
                 stacklevel=2,
             )
             return SuspendedProgram(model, resolve_targets(model, targets, ignore), batch)

@@ -3,10 +3,10 @@
     calibrate   one pass over the batches through a subgraph, with modifiers observing it
     commit      statistics become new weights; no data
     propagate   one pass over the batches through the compressed subgraph, keeping what later subgraphs read
-    load/unload a subgraph's weights move to the device and back
+    load/unload a subgraph's weights begin to move to the device and back; what is computed meanwhile hides it
 
-`naive_plan` writes the whole schedule down; `prune`, `free` and `place` turn it into the one that runs. Nothing here
-touches a tensor; `fxcalib.executor` runs what is written.
+`naive_plan` writes the whole schedule down; `prune`, `free`, `place` and `overlap` turn it into the one that runs.
+Nothing here touches a tensor; `fxcalib.executor` runs what is written.
 """
 
 from __future__ import annotations
@@ -215,6 +215,19 @@ def place(plan: Plan, *, resident: bool) -> Plan:
     return replace(plan, steps=tuple(s for s in plan.steps if s.kind not in ("load", "unload")))
 
 
+def overlap(plan: Plan) -> Plan:
+    """Begin to load weights one step early: before the last step of the subgraph that runs before, which hides it."""
+    steps: list[Step] = []
+    for step in plan.steps:
+        at = len(steps)
+        if step.kind == "load":
+            working = [i for i, before in enumerate(steps) if before.kind not in ("load", "unload")]
+            passes = [i for i in working if steps[i].sweeps and steps[i].subgraph == steps[working[-1]].subgraph]
+            at = (passes or working or [at])[-1]
+        steps.insert(at, step)
+    return replace(plan, steps=tuple(steps))
+
+
 def make_plan(
     parts: Sequence[Part],
     needs: Sequence[Needs],
@@ -225,4 +238,4 @@ def make_plan(
 ) -> Plan:
     """The schedule that runs: `naive_plan` after all passes, verified."""
     plan = naive_plan(parts, needs, inputs, propagate_error=propagate_error)
-    return place(free(prune(plan)), resident=resident).verify()
+    return overlap(place(free(prune(plan)), resident=resident)).verify()

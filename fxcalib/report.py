@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,18 @@ PACKAGES = ("fxcalib", "torch", "transformers", "compressed-tensors")
 WORST_MODULES = 8
 NOTED_PART = 0.01
 """Of all parameters: convolution kernels and the like are less, and nobody expects them to be quantized."""
+
+
+WORK = {
+    "trace": "tracing and partitioning the model",
+    "data": "taking in batches",
+    "forward": "running the model",
+    "statistics": "collecting statistics of inputs",
+    "solve": "quantizing weights",
+    "copies": "waiting for activations and weights",
+    "other": "everything else",
+}
+"""Kinds of work that a profile tells apart."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class Report:
     """Folder of the checkpoint; None where nothing was saved."""
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    profile: Mapping[str, float] = field(default_factory=dict)
+    """Kind of work -> seconds, which add up to those of `calibrate`; empty where it was not asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data. A number that is not finite becomes text (`nan`, `inf`), as JSON has no such numbers."""
@@ -114,6 +128,16 @@ class Report:
         ordered = sorted(measured, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0], reverse=True)
         return tuple(module for _, module in ordered[:count])
 
+    def profile_table(self) -> list[str]:
+        """Where the time of the calibration went, as lines of text; none where it was not asked for."""
+        whole = sum(self.profile.values())
+        if not whole:
+            return []
+        kinds = [(f"{kind} ({what})", self.profile[kind]) for kind, what in WORK.items() if self.profile.get(kind)]
+        rows = [*kinds, ("all", whole)]
+        width = max(len(kind) for kind, _ in rows)
+        return ["time of the calibration:", *(f"  {kind:<{width}}  {s:8.2f} s  {s / whole:4.0%}" for kind, s in rows)]
+
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.algorithm} {self.scheme}, {self.pipeline} pipeline",
@@ -124,6 +148,7 @@ class Report:
         ]
         if self.perplexity_before is not None or self.perplexity_after is not None:
             lines.append(f"  perplexity {_perplexity(self.perplexity_before)} -> {_perplexity(self.perplexity_after)}")
+        lines += [f"  {row}" for row in self.profile_table()]
         worst = self.worst()
         if worst:
             lines.append("  largest errors:")

@@ -21,6 +21,7 @@ from fxcalib.errors import ModelError
 from fxcalib.planning import Part
 from fxcalib.programs import Bound, Program
 from fxcalib.tracing import Targets
+from fxcalib.tracing.preserve import unchanged
 from fxcalib.tracing.structure import flatten, to_device, unflatten
 
 FORWARD = "forward"
@@ -142,7 +143,7 @@ class SuspendedProgram(Program):
             finally:
                 depth -= 1
 
-        with _intercepted(note), torch.no_grad():
+        with _intercepted(note), torch.no_grad(), unchanged(self.model):
             self.model(**copy.deepcopy(dict(batch)))  # a forward may write to its inputs
         return calls
 

@@ -139,7 +139,7 @@ BAD: list[tuple[dict[str, Any], type[FxcalibError], str]] = [
     ({"text_column": "txet"}, DataError, "text"),
     ({"targets": ["LlamaDecoderLayr"]}, TargetError, "did you mean 'LlamaDecoderLayer'"),
     ({"ignore": ["lm_haed"]}, TargetError, "did you mean 'lm_head'"),
-    ({"offload": "gpu"}, OptionError, "neither 'cpu', 'none' nor a device"),
+    ({"offload": "gpu"}, OptionError, "neither 'auto', 'cpu', 'none' nor a device"),
     ({"device": "cuda:77"}, OptionError, "cannot be used here"),
     ({"dtype": "bfloat61"}, OptionError, "did you mean 'bfloat16'"),
     ({"batch_size": 0}, OptionError, "batch_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from fxcalib.data import check_batch
+from fxcalib.data import check_batch, fingerprint_batches
 from fxcalib.errors import BatchError
 
 IDS = torch.tensor([[3, 4, 5]])
@@ -104,3 +105,23 @@ def test_encoder_decoder_models() -> None:
     check_batch(model, {"input_ids": IDS, "labels": IDS}, 0)
     with pytest.raises(BatchError, match="token id 99 in 'decoder_input_ids'"):
         check_batch(model, {"input_ids": IDS, "decoder_input_ids": IDS + 94}, 0)
+
+
+@dataclass
+class Pixels:
+    pixels: torch.Tensor
+    size: int = 2
+
+
+def test_dataclasses_are_looked_into() -> None:
+    check_batch(nn.Identity(), {"input": Pixels(torch.zeros(2))}, 0)
+    check_batch(nn.Identity(), {"input": [{"key": Pixels(torch.zeros(2))}]}, 0)
+    with pytest.raises(BatchError, match=r"batch 3 is empty: 'input' has shape \(0,\)"):
+        check_batch(nn.Identity(), {"input": Pixels(torch.zeros(0))}, 3)
+    with pytest.raises(BatchError, match="'input' of batch 3 is a Pixels, no tensor"):
+        check_batch(nn.Identity(), {"input": Pixels(None)}, 3)  # type: ignore[arg-type]
+    large = torch.zeros(5000)
+    other = large.clone()
+    other[2500] = 1  # printed, they are the same
+    prints = [fingerprint_batches([{"input": Pixels(x)}]) for x in (large, large.clone(), other)]
+    assert prints[0] == prints[1] != prints[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,20 +20,23 @@ MAY_IMPORT = {
     "progress": {"modifiers"},
     "report": {"modifiers"},
     "memory": set(),
+    "profiling": set(),
     "math": {"math", "errors"},
-    "modifiers": {"modifiers", "math", "errors", "patterns"},
+    "modifiers": {"modifiers", "math", "errors", "patterns", "profiling"},
     "tracing": {"tracing", "errors", "patterns"},
     "partitioning": {"partitioning", "tracing", "errors"},
     "planning": {"modifiers", "errors"},
-    "intermediates": {"errors"},
+    "transfers": set(),
+    "intermediates": {"errors", "transfers"},
     "weights": set(),
-    "finiteness": {"math", "errors"},
-    "programs": {"partitioning", "planning", "tracing"},
+    "finiteness": {"math", "errors", "transfers"},
+    "programs": {"errors", "partitioning", "planning", "tracing"},
     "executor": {
         "finiteness",
         "intermediates",
         "modifiers",
         "planning",
+        "profiling",
         "programs",
         "progress",
         "report",
@@ -46,8 +50,12 @@ MAY_IMPORT = {
 
 
 def imports_of(path: Path) -> set[str]:
+    return imports_among(ast.walk(ast.parse(path.read_text())))
+
+
+def imports_among(nodes: Iterable[ast.AST]) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -76,6 +84,7 @@ def test_direction(name: str) -> None:
         ("torch.fx.experimental", {"tracing"}),
         ("typer", {"cli"}),
         ("datasets", {"sources"}),
+        ("triton", {"math"}),
     ],
 )
 def test_libraries_stay_where_they_belong(library: str, allowed: set[str]) -> None:
@@ -91,6 +100,19 @@ def test_private_torch_is_pinned_in_one_module() -> None:
     for path in PACKAGE.rglob("*.py"):
         private = {i for i in imports_of(path) if i.startswith(("torch._", "torch.fx.experimental"))}
         assert not private or path.name == "torch_private.py", f"{path} imports {private}"
+
+
+def test_triton_is_imported_by_its_kernels_and_they_by_their_launchers_when_called() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        users = {i for i in imports_of(path) if i == "triton" or i.startswith("triton.")}
+        assert not users or path.name == "triton_kernels.py", f"{path} imports {users}"
+        assert "fxcalib.math.triton_kernels" not in imports_among(ast.parse(path.read_text()).body), path
+    code = (
+        "import sys, torch; from fxcalib.math.grids import Grid, ScaleFormat; from fxcalib.math import gptq, qparams;"
+        "qparams.mse_qparams(torch.ones(2, 8), Grid('int', 4), ScaleFormat()); print('triton' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_only_the_executor_loops_over_batches() -> None:

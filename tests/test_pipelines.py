@@ -290,7 +290,7 @@ def test_unknown_targets_devices_and_offloads_are_refused() -> None:
         calibrate(tiny_llama(), MIXED, gptq(), targets="Decoder")
     with pytest.raises(OptionError, match="device 'cuda:99' cannot be used here"):
         calibrate(tiny_llama(), MIXED, gptq(), device="cuda:99")
-    with pytest.raises(OptionError, match="offload 'disc' is neither 'cpu', 'none' nor a device"):
+    with pytest.raises(OptionError, match="offload 'disc' is neither 'auto', 'cpu', 'none' nor a device"):
         calibrate(tiny_llama(), MIXED, gptq(), offload="disc")
     assert DatasetArguments(device="cpu").compute_device() == torch.device("cpu")
 

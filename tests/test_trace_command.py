@@ -92,16 +92,22 @@ def test_a_model_that_cannot_be_traced_is_explained(remote: Path) -> None:
     assert found["calls"][-1]["function"] == "places"
 
 
+@pytest.mark.filterwarnings("default:the model cannot be traced:UserWarning")
 def test_quantize_names_what_works_without_a_trace(remote: Path, tmp_path: Path) -> None:
     text = tmp_path / "words.txt"
     text.write_text(" ".join(f"w{3 + i % 100}" for i in range(200)))
     common = [remote, "--trust-remote-code", "--data", text, "--samples", 4, "--seq-len", 8, "--scheme", "W8A16"]
     arguments = ["quantize", *map(str, common), "--group-size", "16", "-o", str(tmp_path / "out"), "-q"]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(cli.app, [*arguments, "--pipeline", "sequential"])
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())
     assert "fxcalib quantize --pipeline layer_sequential --suspended" in said
     assert "fxcalib.wrap" in said
+    assert not (tmp_path / "out").exists()
+    result = CliRunner().invoke(cli.app, arguments[:-1])
+    assert result.exit_code == 0
+    assert "its own forwards are suspended at each layer instead" in " ".join(result.stderr.split())
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
@@ -112,17 +118,17 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     assert "LlamaForCausalLM itself fails on this batch" in said
 
 
-class Stateful(nn.Module):
-    """Adds how often it was called, which no graph follows."""
+class Counting(nn.Module):
+    """Adds how often it was called."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        self.inner = nn.Linear(4, 4)
         self.calls = 0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return self.layers[1](self.layers[0](x) + self.calls)
+        return self.inner(input) + self.calls
 
 
 def test_a_difference_is_noticed() -> None:
@@ -141,7 +147,7 @@ def test_a_difference_is_noticed() -> None:
 
 
 def test_state_is_put_back_before_the_subgraphs_run() -> None:
-    model = Stateful()
-    parts = partition(trace(model, {"x": torch.ones(2, 4)}))
-    assert compare(parts, {"x": torch.ones(2, 4)}).identical
-    assert model.calls == 0
+    model = nn.Sequential(Counting(), Counting())
+    parts = partition(trace(model, {"input": torch.ones(2, 4)}, "Counting"))
+    assert compare(parts, {"input": torch.ones(2, 4)}).identical
+    assert model[0].calls == 0

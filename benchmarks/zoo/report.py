@@ -24,7 +24,7 @@ def table(records: Iterable[Record]) -> str:
 
 def summary(records: Iterable[Record]) -> list[dict[str, object]]:
     """The rows of `table`: how many architectures have each quality under both sets of targets with eager attention,
-    all of them with sdpa, everything with the decoder's layers only, and everything; linear targets are counted apart."""
+    all of them with sdpa, everything with the decoder's layers only, and everything; linear targets count apart."""
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     tools: dict[str, None] = {}
     for record in records:

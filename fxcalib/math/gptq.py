@@ -17,14 +17,19 @@ Axes: O output channels, I input channels, G scales of one output channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fxcalib.math import kernels
 from fxcalib.math.grids import Grid
+from fxcalib.math.hessian import strips
 from fxcalib.math.qparams import QParams
 
 Order = Literal["given", "activation"]
@@ -89,27 +94,27 @@ def factorize(hessian_II: Tensor, dampening_frac: float = 0.01, order: Order = "
         Unfactorable: not finite, or not positive definite with the most damping.
     """
     diagonal = hessian_II.diagonal()
-    if not bool(torch.isfinite(diagonal.sum())):
-        raise Unfactorable("the Hessian holds NaN or infinity")
     positions = torch.arange(len(diagonal), device=hessian_II.device)
     processing = positions if order == "given" else torch.argsort(diagonal, descending=True, stable=True)
     flipped = processing.flip(0)
     dead = diagonal[flipped] <= 0
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        raise Unfactorable("the Hessian is zero: every input of the calibration data was")
+    trace, mean = diagonal.sum(), diagonal.mean()
     fraction = dampening_frac
     notes: tuple[str, ...] = ()
     while True:
-        damped = hessian_II[flipped][:, flipped]
         damping = (fraction + dead.float()) * mean
-        damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not bool(failed) and bool(torch.isfinite(lower.diagonal().sum())):
+        lower, failed = _cholesky(hessian_II, flipped, damping)
+        # Everything that decides what comes next in one wait for the device.
+        total, average, factored, failure = torch.stack([trace, mean, lower.diagonal().sum(), failed.float()]).tolist()
+        if not math.isfinite(total):
+            raise Unfactorable("the Hessian holds NaN or infinity")
+        if average <= 0:
+            raise Unfactorable("the Hessian is zero: every input of the calibration data was")
+        if not failure and math.isfinite(factored):
             break
         if fraction >= _DAMPING_LIMIT:
             raise Unfactorable(f"the Hessian is not positive definite even with damping {fraction:g}")
+        del lower
         fraction = min(max(fraction * _DAMPING_STEP, 1e-3), _DAMPING_LIMIT)
         notes = (f"damping raised from {dampening_frac:g} to {fraction:g}: the Hessian was singular",)
     factor_diagonal = lower.diagonal().clone()
@@ -136,88 +141,158 @@ def solve(
 
     Columns are handled `block_size` at a time: what earlier blocks contribute is one matrix product a block.
     """
-    out, width = weight_OI.shape
-    lower, diagonal = factor.lower_II, factor.diagonal_I
-    order = factor.order_I.tolist()
     # Columns as rows, so that one column of all output channels is contiguous.
     w_IO = weight_OI.t()[factor.order_I].float()
     energy_O = _quadratic_form(w_IO, factor)
-    quantized_IO = torch.empty_like(w_IO)
-    error_IO = torch.empty_like(w_IO)
-    loss_O = torch.zeros(out, device=w_IO.device)
-    groups = [group_of_column[column] for column in order]
-    search = qparams if callable(qparams) else None
-    scales, zeros = _by_group(qparams, max(group_of_column) + 1, out, w_IO.device)
-    code = torch.empty(out, device=w_IO.device)
-    found = -1
-    for end in range(width, 0, -block_size):
-        start = max(end - block_size, 0)
-        block_O = torch.addmm(w_IO[start:end], lower[end:, start:end].t(), error_IO[end:])
-        targets, originals = block_O.unbind(0), w_IO[start:end].unbind(0)
-        quantized, errors = quantized_IO[start:end].unbind(0), error_IO[start:end].unbind(0)
-        errors_OB, lower_BB = error_IO[start:end].t(), lower[start:end, start:end].unbind(1)
-        for at in range(end - start - 1, -1, -1):
-            group = groups[start + at]
-            if search is not None and group != found:
-                _search_group(search, group, start + at, groups, w_IO, error_IO, lower, scales, zeros)
-                found = group
-            target = targets[at].addmv_(errors_OB[:, at + 1 :], lower_BB[at][at + 1 :])
-            zero = zeros[group]
-            torch.div(target, scales[group], out=code)
-            if zero is None:
-                torch.mul(grid.round_(code), scales[group], out=quantized[at])
-            else:
-                torch.mul(grid.round_(code.add_(zero)).sub_(zero), scales[group], out=quantized[at])
-            torch.sub(originals[at], quantized[at], out=errors[at])
-        missed = block_O.sub_(quantized_IO[start:end]).mul_(diagonal[start:end, None])
-        loss_O += missed.square_().sum(0)
-    loss_O -= factor.damping_I @ error_IO.square_()
+    walk = _Walk(w_IO, factor, grid, group_of_column, qparams)
+    fused = kernels.available(w_IO)
+    if fused:
+        block_size = min(block_size, kernels.BLOCK_LIMIT)
+    for end in range(len(w_IO), 0, -block_size):
+        block = slice(max(end - block_size, 0), end)
+        targets_BO = torch.addmm(w_IO[block], factor.lower_II[end:, block].t(), walk.error_IO[end:])
+        if fused:
+            walk.fused(block, targets_BO)
+        else:
+            walk.columns(block, targets_BO)
+            missed = targets_BO.sub_(walk.quantized_IO[block]).mul_(factor.diagonal_I[block, None])
+            walk.loss_O += missed.square_().sum(0)
+    loss_O = walk.loss_O
+    loss_O -= factor.damping_I @ walk.error_IO.square_()
     # The weight's own array takes the result: three arrays of its size are all that a solve holds.
-    solved = w_IO.index_copy_(0, factor.order_I, quantized_IO)
-    zero_OG = None if zeros[0] is None else torch.stack([z for z in zeros if z is not None], 1)
-    return Solution(solved.t(), torch.stack(scales, 1), zero_OG, loss_O.clamp_(min=0.0), energy_O)
+    solved = w_IO.index_copy_(0, factor.order_I, walk.quantized_IO)
+    zero_OG = None if walk.zeros_GO is None else walk.zeros_GO.t().contiguous()
+    return Solution(solved.t(), walk.scales_GO.t().contiguous(), zero_OG, loss_O.clamp_(min=0.0), energy_O)
 
 
-def _by_group(
-    qparams: QParams | Callable[[Tensor, int], QParams], groups: int, out: int, device: torch.device
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Contiguous (O,) scales and zero points, one pair for each group; placeholders where they are to be found."""
-    if callable(qparams):
-        return [torch.empty(0, device=device)] * groups, [None] * groups
-    scales = [column.expand(out).contiguous() for column in qparams.scale.float().unbind(1)]
-    if qparams.zero_point is None:
-        return scales, [None] * groups
-    return scales, [column.expand(out).contiguous() for column in qparams.zero_point.float().unbind(1)]
+class _Walk:
+    """A solve under way, from the last column in flipped order to the first."""
+
+    def __init__(
+        self,
+        w_IO: Tensor,
+        factor: Factor,
+        grid: Grid,
+        group_of_column: list[int],
+        qparams: QParams | Callable[[Tensor, int], QParams],
+    ) -> None:
+        self._w_IO, self._factor, self._grid, self._group_of_column = w_IO, factor, grid, group_of_column
+        self.quantized_IO, self.error_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
+        out = w_IO.shape[1]
+        self.loss_O = torch.zeros(out, device=w_IO.device)
+        self.zeros_GO: Tensor | None = None
+        self._search = qparams if callable(qparams) else None
+        self._found = -1
+        if callable(qparams):
+            self.scales_GO = torch.empty(max(group_of_column) + 1, out, device=w_IO.device)
+            return
+        self.scales_GO = qparams.scale.float().expand(out, -1).t().contiguous()
+        if qparams.zero_point is not None:
+            self.zeros_GO = qparams.zero_point.float().expand(out, -1).t().contiguous()
+
+    @cached_property
+    def _groups(self) -> list[int]:
+        """The group of each flipped position. Waits for the device, but not in the given order."""
+        if self._search is not None:
+            return self._group_of_column[::-1]
+        return [self._group_of_column[column] for column in self._factor.order_I.tolist()]
+
+    @cached_property
+    def _groups_I(self) -> Tensor:
+        """`_groups` on the device, int32, without a wait."""
+        cuda = self._w_IO.is_cuda
+        groups_I = torch.tensor(self._group_of_column, dtype=torch.int32, pin_memory=cuda)
+        return groups_I.to(self._w_IO.device, non_blocking=True)[self._factor.order_I]
+
+    def columns(self, block: slice, targets_BO: Tensor) -> None:
+        """Quantize the columns of a block; `targets_BO` is what those after it ask for, and gets the block's share."""
+        start, groups, grid = block.start, self._groups, self._grid
+        targets, originals = targets_BO.unbind(0), self._w_IO[block].unbind(0)
+        quantized, errors = self.quantized_IO[block].unbind(0), self.error_IO[block].unbind(0)
+        errors_OB, lower_BB = self.error_IO[block].t(), self._factor.lower_II[block, block].unbind(1)
+        code = torch.empty_like(self.loss_O)
+        for at in range(len(targets) - 1, -1, -1):
+            group = groups[start + at]
+            self._reach(group, start + at)
+            target = targets[at].addmv_(errors_OB[:, at + 1 :], lower_BB[at][at + 1 :])
+            scale, zero = self.scales_GO[group], None if self.zeros_GO is None else self.zeros_GO[group]
+            torch.div(target, scale, out=code)
+            if zero is None:
+                torch.mul(grid.round_(code), scale, out=quantized[at])
+            else:
+                torch.mul(grid.round_(code.add_(zero)).sub_(zero), scale, out=quantized[at])
+            torch.sub(originals[at], quantized[at], out=errors[at])
+
+    def fused(self, block: slice, targets_BO: Tensor) -> None:
+        """As `columns` by a kernel, one launch for the columns between two searches; adds the loss of the block too."""
+        start, width = block.start, len(targets_BO)
+        runs = [range(width)]
+        if self._search is not None:
+            positions = groupby(range(width), lambda at: self._groups[start + at])
+            runs = [range(at[0], at[-1] + 1) for at in (list(run) for _, run in positions)]
+        for columns in reversed(runs):
+            if self._search is not None:
+                last = start + columns[-1]
+                self._reach(self._groups[last], last)
+            kernels.solve_columns(
+                targets_BO,
+                self._w_IO[block],
+                self.quantized_IO[block],
+                self.error_IO[block],
+                self._factor.lower_II[block, block],
+                self._factor.diagonal_I[block],
+                self._groups_I[block],
+                columns,
+                self.scales_GO,
+                self.zeros_GO,
+                self._grid,
+                self.loss_O,
+            )
+
+    def _reach(self, group: int, last: int) -> None:
+        """Find scale and zero point of `group`, whose columns end at flipped position `last`, from its updated columns.
+
+        The update that standard GPTQ has applied to a whole group when its first column is reached is
+        (W - Q)_P R_PG R_GG^-1: a triangular solve of the group's size.
+        """
+        if self._search is None or group == self._found:
+            return
+        self._found, lower, error_IO = group, self._factor.lower_II, self.error_IO
+        first = last
+        while first > 0 and self._groups[first - 1] == group:
+            first -= 1
+        own, later = slice(first, last + 1), slice(last + 1, None)
+        after = lower[later, own].t() @ error_IO[later]
+        update = torch.linalg.solve_triangular(lower[own, own].t(), after, upper=True, unitriangular=True)
+        scale, zero_point = self._search((self._w_IO[own] + update).flip(0).t(), group)
+        self.scales_GO[group] = scale
+        if zero_point is not None:
+            if self.zeros_GO is None:
+                self.zeros_GO = torch.empty_like(self.scales_GO)
+            self.zeros_GO[group] = zero_point
 
 
-def _search_group(
-    search: Callable[[Tensor, int], QParams],
-    group: int,
-    last: int,
-    groups: list[int],
-    w_IO: Tensor,
-    error_IO: Tensor,
-    lower: Tensor,
-    scales: list[Tensor],
-    zeros: list[Tensor | None],
-) -> None:
-    """Fill scale and zero point of `group`, whose columns end at flipped position `last`, from its updated columns.
-
-    The update that standard GPTQ has applied to a whole group when its first column is reached is
-    (W - Q)_P R_PG R_GG^-1: a triangular solve of the group's size.
-    """
-    first = last
-    while first > 0 and groups[first - 1] == group:
-        first -= 1
-    after = lower[last + 1 :, first : last + 1].t() @ error_IO[last + 1 :]
-    own = lower[first : last + 1, first : last + 1].t()
-    update = torch.linalg.solve_triangular(own, after, upper=True, unitriangular=True)
-    scale, zero_point = search((w_IO[first : last + 1] + update).flip(0).t(), group)
-    scales[group], zeros[group] = scale.contiguous(), None if zero_point is None else zero_point.contiguous()
+def _cholesky(hessian_II: Tensor, flipped: Tensor, damping_I: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factor of the permuted and damped Hessian, and whether there is none, without a wait for the device."""
+    if not hessian_II.is_cuda:
+        damped = hessian_II[flipped][:, flipped]
+        damped.diagonal().add_(damping_I)
+        factored = torch.linalg.cholesky_ex(damped)
+        return factored.L, factored.info
+    # Column-major, as the factor is: the factorisation replaces the one copy that is made.
+    damped = hessian_II[flipped[:, None], flipped].t()
+    damped.diagonal().add_(damping_I)
+    info = torch.empty((), dtype=torch.int32, device=damped.device)
+    torch.linalg.cholesky_ex(damped, out=(damped, info))
+    return damped, info
 
 
 def _quadratic_form(w_IO: Tensor, factor: Factor) -> Tensor:
     """W H W^T of each output channel, without the damping."""
-    mixed = torch.mm(factor.lower_II.t(), w_IO).square_()
-    energy = factor.diagonal_I.square() @ mixed
-    return (energy - factor.damping_I @ torch.square(w_IO, out=mixed)).clamp_(min=0.0)
+    energy = w_IO.new_zeros(w_IO.shape[1])
+    # Strips leave out most of the half of L that is zero, and need no second array of the weight's size.
+    for columns in strips(len(w_IO), w_IO.device) if w_IO.is_cuda else [slice(0, len(w_IO))]:
+        mixed = torch.mm(factor.lower_II[columns.start :, columns].t(), w_IO[columns.start :]).square_()
+        energy += factor.diagonal_I[columns].square() @ mixed
+        energy -= factor.damping_I[columns] @ torch.square(w_IO[columns], out=mixed)
+    return energy.clamp_(min=0.0)

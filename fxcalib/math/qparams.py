@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxcalib.math import kernels
 from fxcalib.math.grids import Grid, ScaleFormat
 
 # Elements handled at once: the temporaries of one step stay in the second-level cache of a CPU core. An accelerator
@@ -76,7 +77,8 @@ def mse_qparams(
     """
     low, high = (end.float() for end in torch.aminmax(table_SE, dim=-1))
     if scales.power_of_two:
-        factors = torch.tensor([1.0, 0.5, 2.0], device=low.device)
+        factors = torch.ones(3, device=low.device)
+        factors[1], factors[2] = 0.5, 2.0
         _, best = _best_factor(table_SE, low, high, factors[:, None], grid, scales, importance_RE, norm)
         return best
     # A symmetric integer grid can hold the largest magnitude exactly: codes reach 7 of 7.5.
@@ -141,9 +143,13 @@ def _best_factor(
 
 def _errors(table_SE: Tensor, candidates_KS: QParams, grid: Grid, importance_RE: Tensor | None, norm: float) -> Tensor:
     """Error of each candidate for each row (K, S), tile by tile so that the temporaries stay in cache."""
+    if kernels.available(table_SE):
+        return kernels.candidate_errors(table_SE, *candidates_KS, grid, importance_RE, norm)
     count, elements = table_SE.shape
     chunk = _CPU_CHUNK if table_SE.device.type == "cpu" else _DEVICE_CHUNK
     width = min(elements, chunk)
+    if table_SE.device.type == "cpu":
+        chunk *= torch.get_num_threads()  # each has its own cache
     period = 1 if importance_RE is None else importance_RE.shape[0]
     height = max(chunk // width // period, 1) * period
     # The error is a weighted norm: the weights go inside it.

@@ -121,7 +121,7 @@ class GPTQModifier(SchemeModifier):
         if statistics is None or statistics.hessian is None:
             return "no calibration batch reached it"
         try:
-            return factorize(statistics.hessian.sum_II, self._dampening_frac, order)
+            return factorize(statistics.hessian.full(), self._dampening_frac, order)
         except Unfactorable as error:
             return str(error)
 

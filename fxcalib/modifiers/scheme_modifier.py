@@ -23,9 +23,11 @@ from fxcalib.math.hessian import Hessian
 from fxcalib.math.ranges import MinMax, Range
 from fxcalib.modifiers import qargs
 from fxcalib.modifiers.base import CurrentBatch, Modifier, ModuleResult, Needs, Scope
+from fxcalib.modifiers.fused_inputs import FusedInputs
 from fxcalib.modifiers.schemes import build_schemes, check_finite, resolve
 from fxcalib.modifiers.sharing import InputStatistics, SharedInputs, union_of_extremes
 from fxcalib.patterns import names_of
+from fxcalib.profiling import span
 
 
 class SchemeModifier(Modifier):
@@ -63,6 +65,7 @@ class SchemeModifier(Modifier):
         self._committed: set[str] = set()
         self._inputs: dict[str, InputStatistics] = {}
         self._outputs: dict[str, Range] = {}
+        self._fused = FusedInputs()
 
     @abstractmethod
     def needs_hessian(self, scheme: QuantizationScheme) -> bool:
@@ -111,8 +114,9 @@ class SchemeModifier(Modifier):
         finally:
             for handle in handles:
                 handle.remove()
-        groups = shared.finish()
-        _refuse_non_finite(groups, checks)
+        with span("statistics"):
+            groups = shared.finish()
+            _refuse_non_finite(groups, checks)
         self._inputs = {name: statistics for names, statistics in groups for name in names}
         self._outputs = outputs
 
@@ -127,11 +131,13 @@ class SchemeModifier(Modifier):
             module = scope.modules[name]
             module.quantization_status = QuantizationStatus.DECOMPRESSED
             del module.quantization_enabled
+        self._fused.replace([(scope.modules[n], self._resolved[n], self._inputs.get(n)) for n in names])
         self._committed.update(names)
         self._inputs, self._outputs = {}, {}
         return [_with_notes(results[name], notes[name]) for name in names]
 
     def detach(self, model: nn.Module) -> None:
+        self._fused.restore()
         for name in self._resolved.keys() - self._committed:
             module = model.get_submodule(name)
             QuantizationMetadata.clear_quantization(module)
@@ -175,7 +181,8 @@ class SchemeModifier(Modifier):
                     None if args is None else qargs.range_of(args),
                 )
 
-            shared.see(name, recipe, make, inputs, _real(inputs, scope.batch), scope.batch.index)
+            with span("statistics"):
+                shared.see(name, recipe, make, inputs, _real(inputs, scope.batch), scope.batch.index)
 
         return scope.modules[name].register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -183,7 +190,9 @@ class SchemeModifier(Modifier):
         self, name: str, scope: Scope, statistic: Range, checks: list[tuple[int, str, Tensor]]
     ) -> RemovableHandle:
         def hook(module: nn.Module, positional: tuple[Any, ...], output: Tensor) -> None:
-            if output.numel():
+            if not output.numel():
+                return
+            with span("statistics"):
                 statistic.add(output.detach(), _real(output, scope.batch))
                 low, high = statistic.extremes()
                 checks.append((scope.batch.index, name, (high - low).sum()))

@@ -12,7 +12,8 @@ import torch
 from fxcalib.errors import OptionError
 from fxcalib.partitioning.stages import Stages
 from fxcalib.partitioning.subgraph import Subgraph, Value
-from fxcalib.tracing import GuardError, TracedModel, TraceError, trace
+from fxcalib.tracing import BoundBatch, GuardError, TracedModel, TraceError, trace
+from fxcalib.tracing.preserve import SavedTensors
 
 __all__ = ["Partition", "Subgraph", "Value", "Variants", "partition"]
 
@@ -24,6 +25,8 @@ class Partition:
     traced: TracedModel
     subgraphs: tuple[Subgraph, ...]
     targets_per_subgraph: int = 1
+    shared_state: tuple[str, ...] = ()
+    """Buffers that one subgraph changes and another one reads or changes as well."""
 
     def __iter__(self) -> Iterator[Subgraph]:
         return iter(self.subgraphs)
@@ -48,15 +51,18 @@ class Partition:
             TraceError: the batch breaks a guard and cannot be traced either.
         """
         random = torch.get_rng_state()
-        partition = self.variants.select(batch)
+        partition, bound = self.variants.bind(batch)
+        saved = SavedTensors()
+        saved.save(partition.traced.written_tensors(bound))
         try:
-            return partition._run(batch)
+            return partition._run(bound)
         except GuardError:
             torch.set_rng_state(random)
-            return self.variants.retrace(batch)._run(batch)
+            saved.restore()
+            again = self.variants.retrace(batch)
+            return again._run(again.traced.bind(batch))
 
-    def _run(self, batch: Mapping[str, Any]) -> Any:
-        bound = self.traced.bind(batch)
+    def _run(self, bound: BoundBatch) -> Any:
         values = dict(bound.inputs)
         with torch.no_grad():
             for subgraph in self.subgraphs:
@@ -85,15 +91,15 @@ class Variants:
         """How many batches had to be traced anew."""
         return len(self.partitions) - 1
 
-    def select(self, batch: Mapping[str, Any]) -> Partition:
-        """The first partition whose guards `batch` satisfies; traces where there is none."""
+    def bind(self, batch: Mapping[str, Any], kept: SavedTensors | None = None) -> tuple[Partition, BoundBatch]:
+        """The first partition whose guards `batch` satisfies; traces where there is none. `kept`: see `bind` of it."""
         for partition in self.partitions:
             try:
-                partition.traced.bind(batch)
+                return partition, partition.traced.bind(batch, kept)
             except GuardError:
                 continue
-            return partition
-        return self.retrace(batch)
+        partition = self.retrace(batch)
+        return partition, partition.traced.bind(batch, kept)
 
     def retrace(self, batch: Mapping[str, Any]) -> Partition:
         """Trace and partition with `batch`, and keep the result for the next of its kind."""
@@ -120,4 +126,4 @@ def partition(traced: TracedModel, targets_per_subgraph: int = 1) -> Partition:
         raise TraceError(f"the batch reached none of the sequential targets {', '.join(traced.targets.patterns)}")
     stages = Stages(traced, {node: i // targets_per_subgraph for i, node in enumerate(calls)})
     stored = stages.cut()
-    return Partition(traced, tuple(stages.subgraphs(stored)), targets_per_subgraph)
+    return Partition(traced, tuple(stages.subgraphs(stored)), targets_per_subgraph, stages.shared_state())

@@ -15,10 +15,10 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxcalib.partitioning.subgraph import Subgraph, describe, leaf_values
+from fxcalib.partitioning.subgraph import Subgraph, describe
 from fxcalib.tracing import TracedModel
 from fxcalib.tracing.graph import has_effect, is_call, is_check
-from fxcalib.tracing.torch_private import StorageWeakRef
+from fxcalib.tracing.writes import storages, written_by
 
 _HEAVY = ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "einsum", "scaled_dot_product_attention", "convolution")
 """Glue that costs too much to be computed twice."""
@@ -31,24 +31,16 @@ class Stages:
         self._traced = traced
         self._nodes = list(traced.graph.nodes)
         self._position = {node: i for i, node in enumerate(self._nodes)}
-        self._storages = {node: _storages(node) for node in self._nodes}
-        self._written = {node: self._writes_of(node) for node in self._nodes}
+        self._storages = {node: storages(node) for node in self._nodes}
+        self._written = {node: written_by(node, traced.recording.mutated_by) for node in self._nodes}
         changed = {s for node in self._nodes for w in self._written[node] for s in self._storages[w]}
+        self._kept = {s for n in traced.written if n.op == "get_attr" for s in self._storages[n]}
+        """Memory of the model that is written to."""
         self._fixed = {n for n in self._nodes if n.op != "placeholder" and self._is_fixed(n, changed)}
         self._order = self._dependencies(changed)
         self._stage = self._place(targets)
         self._count = max(self._stage.values()) + 1
         self._available = self._availability()
-
-    def _writes_of(self, node: fx.Node) -> list[fx.Node]:
-        if is_call(node):
-            return self._traced.recording.mutated_by.get(node, [])
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            schema = node.target._schema.arguments
-            named = {a.name: value for a, value in zip(schema, node.args, strict=False)} | dict(node.kwargs)
-            written = [named.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
-            return [w for w in written if isinstance(w, fx.Node)]
-        return []
 
     def _is_fixed(self, node: fx.Node, changed: set[Any]) -> bool:
         if node.op == "get_attr":
@@ -64,7 +56,7 @@ class Stages:
         graph.add_nodes_from(self._nodes)
         accesses: dict[Any, list[tuple[fx.Node, bool]]] = defaultdict(list)
         for node in self._nodes:
-            graph.add_edges_from((source, node) for source in node.all_input_nodes)
+            graph.add_edges_from((source, node) for source in (*node.all_input_nodes, *node.meta.get("after", ())))
             writes = {s for w in self._written[node] for s in self._storages[w]}
             touched = {s for i in node.all_input_nodes for s in self._storages[i]} | writes
             objects = {("object", i) for i in node.all_input_nodes if self._holds_object(i)}
@@ -185,6 +177,18 @@ class Stages:
         last_read = {node: stage for stage, nodes in enumerate(reads) for node in nodes}
         return [self._subgraph(stage, parts[stage], reads, last_read, stored) for stage in range(self._count)]
 
+    def shared_state(self) -> tuple[str, ...]:
+        """Buffers that the model changes in one stage and reads or changes in another as well."""
+        places: dict[Any, set[int]] = defaultdict(set)
+        for node, stage in self._stage.items():
+            changed = {s for w in self._written[node] for s in self._storages[w]}
+            read = {s for i in node.all_input_nodes if i.op == "get_attr" for s in self._storages[i]}
+            for storage in (changed | read) & self._kept:
+                places[storage].add(stage)
+        apart = {storage for storage, stages in places.items() if len(stages) > 1}
+        written = (n for n in self._traced.written if n.op == "get_attr" and self._storages[n] & apart)
+        return tuple(dict.fromkeys(str(n.target) for n in written))
+
     def _stage_nodes(self, stage: int, stored: set[fx.Node]) -> list[fx.Node]:
         fixed = [n for n, s in self._stage.items() if s == stage]
         made = [n for n in stored if n not in self._fixed and n.op != "placeholder" and self._available[n] == stage]
@@ -231,11 +235,7 @@ class Stages:
             outputs=tuple(n.name for n in outputs),
             frees=tuple(n.name for n in [*inputs, *unread] if last_read.get(n, 0) == stage),
             writes=tuple(n.name for n in inputs if self._storages[n] & changed or self._holds_object(n)),
+            borrowed=tuple(n.name for n in outputs if self._storages[n] & self._kept),
             values={n.name: describe(self._traced, n) for n in [*inputs, *outputs]},
             nodes=tuple(nodes),
         )
-
-
-def _storages(node: fx.Node) -> set[Any]:
-    tensors = [v for v in leaf_values(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-    return {StorageWeakRef(t.untyped_storage()) for t in tensors}  # type: ignore[no-untyped-call]

@@ -56,6 +56,8 @@ class Subgraph:
     """Inputs that no later subgraph reads."""
     writes: tuple[str, ...]
     """Inputs whose memory it changes in place; they need a copy where the subgraph runs more than once on them."""
+    borrowed: tuple[str, ...]
+    """Outputs that lie in buffers of the model which the next batch changes; they need a copy if it runs first."""
     values: Mapping[str, Value]
     """Shape, dtype and bytes of inputs and outputs."""
     nodes: tuple[fx.Node, ...]
@@ -65,6 +67,12 @@ class Subgraph:
         """Bytes of the outputs at the given sizes, such as `bytes(batch=1, sequence=2048)`."""
         total = sum((self.values[name].bytes for name in self.outputs), sympy.Integer(0))
         return int(total.subs({s: sizes[s.name] for s in total.free_symbols}))
+
+    @cached_property
+    def written(self) -> tuple[fx.Node, ...]:
+        """Its nodes for those buffers that the glue, or a module that they are passed to, writes to."""
+        own = set(self.nodes)
+        return tuple(n for n in self.traced.written if n.op == "get_attr" and n in own)
 
     @cached_property
     def _program(self) -> _Program:
@@ -79,7 +87,7 @@ class Subgraph:
             GuardError: a module's result or a glue operation does not fit the trace.
         """
         program = self._program
-        env: dict[fx.Node, Any] = {node: values[node.name] for node in program.inputs}
+        env: dict[Any, Any] = {node: values[node.name] for node in program.inputs}
         outputs: dict[str, Any] = {}
         for node, instruction, dead in program.steps:
             env[node] = instruction(env, signature)
@@ -87,6 +95,9 @@ class Subgraph:
                 outputs[node.name] = env[node]
             for name in dead:
                 env.pop(name, None)
+        for path in program.written:
+            if env[path] is not (own := self.traced.attribute(path)):  # it lies on another device than the graph
+                own.copy_(env[path])
         return outputs
 
     def __str__(self) -> str:
@@ -105,6 +116,8 @@ class _Program:
     inputs: tuple[fx.Node, ...]
     outputs: frozenset[str]
     steps: tuple[tuple[fx.Node, Instruction, tuple[fx.Node, ...]], ...]
+    written: tuple[str, ...]
+    """Paths of what `Subgraph.written` names."""
 
 
 def _compile(subgraph: Subgraph) -> _Program:
@@ -119,7 +132,8 @@ def _compile(subgraph: Subgraph) -> _Program:
         (n, _instruction(subgraph.traced, n, next(modules) if n.op == "call_module" else None), tuple(dead[n]))
         for n in subgraph.nodes
     )
-    return _Program(inputs, frozenset(subgraph.outputs), steps)
+    written = dict.fromkeys(str(n.target) for n in subgraph.written)
+    return _Program(inputs, frozenset(subgraph.outputs), steps, tuple(written))
 
 
 def _instruction(traced: TracedModel, node: fx.Node, module: nn.Module | None) -> Instruction:
@@ -130,7 +144,16 @@ def _instruction(traced: TracedModel, node: fx.Node, module: nn.Module | None) -
     if node.op == "output":
         return lambda env, signature: arguments(env)[0][0]
     if node.op == "get_attr":
-        return lambda env, signature: traced.attribute_on_device(str(node.target))
+        path = str(node.target)
+        if node not in traced.written:
+            return lambda env, signature: traced.attribute_on_device(path)
+
+        def taken_once(env: dict[Any, Any], signature: tuple[Any, ...]) -> Any:
+            if path not in env:
+                env[path] = traced.attribute_on_device(path)
+            return env[path]
+
+        return taken_once
     if module is not None:
         check, guards = traced.leaf_checks[node], traced.recording.shape_guards
 

@@ -9,6 +9,7 @@ from fxcalib.planning import Part, Plan
 from fxcalib.prediction.rehearsal import Rehearsed
 from fxcalib.prediction.saving import Saved
 from fxcalib.prediction.solving import Committed
+from fxcalib.transfers import AHEAD
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,6 @@ class _Books:
     stored: set[str] = field(default_factory=set)
     loaded: int = 0
     statistics: int = 0
-    pages: int = 0
-    """Of the weight files: what came from them and lies elsewhere now. They stay mapped while one tensor needs them."""
 
     def stored_bytes(self) -> int:
         # the caller keeps the batches themselves; what is stored of them on the host are the same tensors
@@ -83,7 +82,7 @@ class _Books:
     def moment(self, step: int | None, name: str, stored: int, working: int, copies: int = 0) -> Moment:
         facts = self.facts
         batches = sum(facts.values[n][1] for n in self.inputs)
-        host = {"weights": facts.weights - self.loaded, "file pages": self.pages, "batches": batches}
+        host = {"weights": facts.weights, "batches": batches}  # those on a device keep their place on the host
         device: dict[str, int] = {}
         if facts.on_device:
             device = {"weights": self.loaded, "statistics": self.statistics, "working": working, "copies": copies}
@@ -104,8 +103,8 @@ def moments(plan: Plan, parts: Sequence[Part], facts: Facts) -> tuple[Moment, ..
     for index, step in enumerate(plan.steps):
         name = f"{step.kind} subgraph {step.subgraph}"
         if step.kind in ("load", "unload"):
-            books.loaded = facts.called[step.subgraph] if step.kind == "load" else 0
-            books.pages += books.loaded
+            weights = facts.called[step.subgraph]
+            books.loaded += weights if step.kind == "load" else -weights
             found.append(books.moment(index, name, books.stored_bytes(), 0))
         elif step.sweeps:
             rehearsed = facts.rehearsed[step.subgraph, step.kind]
@@ -114,10 +113,11 @@ def moments(plan: Plan, parts: Sequence[Part], facts: Facts) -> tuple[Moment, ..
             if step.kind == "calibrate":
                 books.statistics = rehearsed.statistics_bytes
             again = any(s.sweeps and s.subgraph == step.subgraph for s in plan.steps[index + 1 :])
-            copied = set(parts[step.subgraph].changes) if again else set()
+            copies = sum(facts.values[n][0] for n in parts[step.subgraph].changes) if again else 0
             if facts.on_device and not facts.stored_on_device:
-                copied |= set(step.reads)
-            copies = sum(facts.values[n][0] for n in copied)
+                # the next batch arrives while this one runs, and up to AHEAD are queued behind what the device does
+                copies += (AHEAD + 2) * sum(facts.values[n][0] for n in step.reads)
+                copies += (AHEAD + 1) * sum(facts.values[n][0] for n in step.writes)
             stored = max(before, books.stored_bytes())
             found.append(books.moment(index, name, stored, rehearsed.working_bytes, copies))
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -13,15 +13,15 @@ from torch import fx, nn
 from fxcalib.arguments import DatasetArguments
 from fxcalib.batch_checks import check_batch
 from fxcalib.caches import without_cache
-from fxcalib.intermediates import storage_device
+from fxcalib.intermediates import AUTO, Room, storage_device
 from fxcalib.partitioning.subgraph import Value
 from fxcalib.partitioning.subgraph import describe as describe_value
 from fxcalib.pipelines import CalibrationPipeline, _attached, _calibrating
-from fxcalib.planning import make_plan
+from fxcalib.planning import Part, make_plan
 from fxcalib.prediction import machine
 from fxcalib.prediction.dry_run import CarriedValue, DryRun, SubgraphPlan
 from fxcalib.prediction.ledger import Facts, Moved, moments, moved
-from fxcalib.prediction.rehearsal import Rehearsal, Rehearsed, sizes_of
+from fxcalib.prediction.rehearsal import Rehearsal, Rehearsed
 from fxcalib.prediction.saving import saved, unique_bytes
 from fxcalib.prediction.solving import Committed, commit_of
 from fxcalib.programs import Bound, Program, TracedProgram, WholeProgram
@@ -77,8 +77,9 @@ def predict(
     """
     device = arguments.compute_device()
     offload = storage_device(arguments.sequential_offload_device, device)
+    auto = arguments.sequential_offload_device == AUTO and device.type == "cuda"
     with _calibrating(model), _attached(flow.modifiers, model):
-        return _Prediction(model, name, flow, calibration, arguments, device, offload, batch).dry_run(writes)
+        return _Prediction(model, name, flow, calibration, arguments, device, offload, auto, batch).dry_run(writes)
 
 
 class _Prediction:
@@ -91,10 +92,11 @@ class _Prediction:
         arguments: DatasetArguments,
         device: torch.device,
         offload: torch.device,
+        auto: bool,
         batch: Mapping[str, Any] | None,
     ) -> None:
         self._model, self._name, self._flow, self._calibration = model, name, flow, calibration
-        self._device, self._offload = device, offload
+        self._device, self._offload, self._auto = device, offload, auto
         self._needs = [modifier.needs for modifier in flow.modifiers]
         self._observes = any(need.observed for need in self._needs)
         given = without_cache(model, calibration.batch() if batch is None else batch)
@@ -129,6 +131,8 @@ class _Prediction:
             workspace=_workspace(self._device),
             stored_on_device=self._device.type != "cpu" and self._offload == self._device,
         )
+        if self._auto:
+            facts = replace(facts, stored_on_device=self._fits(facts, parts))
         flops = self._flops(rehearsed, committed)
         crossed = moved(self._plan, facts)
         subgraphs = self._subgraphs(facts, values, alike, flops)
@@ -159,6 +163,12 @@ class _Prediction:
             seconds=self._seconds(rehearsed, committed, crossed, dtype_name),
         )
 
+    def _fits(self, facts: Facts, parts: Sequence[Part]) -> bool:
+        """Whether all intermediates may stay on the device."""
+        away = moments(self._plan, parts, facts)
+        stored = max(moment.host.get("stored", 0) for moment in away)
+        return stored <= Room(self._device).beside(max(moment.device_bytes for moment in away))
+
     def _quantization_parameters(self) -> int:
         names = {n for need in self._needs for n in need.committed}
         modules = [self._model.get_submodule(name) for name in names]
@@ -171,6 +181,7 @@ class _Prediction:
     ) -> dict[int, Committed]:
         found: dict[int, Committed] = {}
         known: dict[tuple[int, tuple[int, ...]], Committed] = {}
+        on_cuda = self._device.type == "cuda"
         for index, step in enumerate(self._plan.steps):
             if step.kind != "commit":
                 continue
@@ -179,7 +190,7 @@ class _Prediction:
                 modules = rehearsal.modules(first)
                 shared = rehearsed.get((first, "calibrate"), Rehearsed()).shared
                 each = [
-                    commit_of(self._flow.modifiers[i], modules, self._needs[i].committed, shared)
+                    commit_of(self._flow.modifiers[i], modules, self._needs[i].committed, shared, on_cuda=on_cuda)
                     for i in step.modifiers
                 ]
                 known[first, step.modifiers] = Committed(
@@ -254,7 +265,7 @@ class _Prediction:
 
     def _carried(self, value: Value, stored: bool, freed_after: int | None) -> CarriedValue:
         assert isinstance(self._program, TracedProgram)
-        sizes = sizes_of(self._program, self._bound)
+        sizes = self._program.sizes(self._bound)
         counts = self._calibration.sizes
 
         def at(batch: int) -> int:

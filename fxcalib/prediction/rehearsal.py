@@ -187,20 +187,7 @@ class Rehearsal:
         """Size of each named dimension of the batch: `batch`, `sequence`, ..."""
         if not isinstance(self._program, TracedProgram):
             return {}
-        return sizes_of(self._program, self._bound)
-
-
-def sizes_of(program: TracedProgram, bound: Bound) -> dict[str, int]:
-    """The size of each named dimension of a bound batch, such as `{"batch": 4, "sequence": 2048}`."""
-    traced = program.partition.traced
-    found: dict[str, int] = {}
-    for name, fake in zip(traced.recording.inputs.names, traced.recording.inputs.values, strict=True):
-        given = bound.values.get(name)
-        if isinstance(fake, torch.Tensor) and isinstance(given, torch.Tensor):
-            for symbolic, size in zip(fake.shape, given.shape, strict=True):
-                for symbol in traced.readable(symbolic).free_symbols:
-                    found.setdefault(symbol.name, int(size))
-    return found
+        return self._program.sizes(self._bound)
 
 
 class _Inputs:

@@ -34,7 +34,12 @@ class Committed:
 
 
 def commit_of(
-    modifier: Modifier, modules: Mapping[str, nn.Module], names: frozenset[str], shared: Sequence[Sequence[str]]
+    modifier: Modifier,
+    modules: Mapping[str, nn.Module],
+    names: frozenset[str],
+    shared: Sequence[Sequence[str]],
+    *,
+    on_cuda: bool = False,
 ) -> Committed:
     """What `modifier` takes to commit the modules `names`, of which those in one of `shared` read the same tensor.
 
@@ -43,7 +48,7 @@ def commit_of(
     chosen = {n: modules[n].weight for n in modules if n in names}
     weights = {n: w for n, w in chosen.items() if isinstance(w, torch.Tensor)}
     solved = [[n for n in group if n in weights] for group in shared] if isinstance(modifier, GPTQModifier) else []
-    parts = [_gptq([weights[n] for n in g]) for group in solved if group for g in _alike(modifier, group)]
+    parts = [_gptq([weights[n] for n in g], on_cuda) for group in solved if group for g in _alike(modifier, group)]
     left = weights.keys() - {n for group in solved for n in group}
     parts += [_nearest(weights[n]) for n in weights if n in left]
     return Committed(
@@ -61,13 +66,13 @@ def _alike(modifier: Modifier, names: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _gptq(weights: Sequence[torch.Tensor]) -> Committed:
+def _gptq(weights: Sequence[torch.Tensor], on_cuda: bool) -> Committed:
     width = weights[0].shape[1]
     size = sum(w.numel() for w in weights)
     out = size // width
     hessian = width * width * _FLOAT
-    # factorize: the permuted Hessian, and beside it first what it is permuted from, then its factor
-    factorizing = 2 * hessian
+    # factorize: the permuted Hessian; on CUDA its factor replaces it, elsewhere it lies beside it
+    factorizing = (1 if on_cuda else 2) * hessian
     stacked = size * weights[0].element_size() if len(weights) > 1 else 0
     # solve: the weight, what it is quantized to, its errors, each as (I, O) float32
     solving = hessian + stacked + 3 * size * _FLOAT

@@ -14,7 +14,8 @@ from torch import nn
 from fxcalib.errors import BatchError
 from fxcalib.tracing.errors import GuardError, TraceError
 from fxcalib.tracing.guards import Guard
-from fxcalib.tracing.structure import flatten
+from fxcalib.tracing.second_run import KEPT_STATE
+from fxcalib.tracing.structure import flatten_batch
 from fxcalib.tracing.targets import Targets, default_targets, resolve_targets
 from fxcalib.tracing.traced import BoundBatch, TracedModel
 from fxcalib.tracing.tracer import Recorder, Recording
@@ -60,7 +61,7 @@ def trace(
         TraceError: the forward cannot be recorded; the message carries the model's source line.
     """
     started = time.perf_counter()
-    tensors = [leaf for leaf in flatten(dict(batch))[0] if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in flatten_batch(batch)[0] if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise BatchError("cannot trace: the batch holds no tensor; pass the keyword arguments of the model's forward")
     where = torch.device(device) if device is not None else tensors[0].device
@@ -75,14 +76,23 @@ def _record(model: nn.Module, targets: Targets, device: torch.device, batch: Map
     """Record with as few assumptions as the model lets; the error is that of the first attempt."""
     first = Recorder(model, targets, device)
     try:
-        return first.record(batch)
+        return _recorded(first, batch)
     except TraceError as error:
-        leaves = flatten(dict(batch))[0]
+        if error.kind == KEPT_STATE:
+            raise
+        leaves = flatten_batch(batch)[0]
         ones = [True, False] if any(1 in leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)) else [True]
         # some code cannot live with symbols for data: as keys of a dict, as what Python's own functions want
         data = [True, False] if first.asked_data else [True]
         for symbolic_data, symbolic_ones in list(product(data, ones))[1:]:
             recorder = Recorder(model, targets, device, symbolic_data=symbolic_data, symbolic_ones=symbolic_ones)
             with suppress(TraceError):
-                return recorder.record(batch)
+                return _recorded(recorder, batch)
         raise error
+
+
+def _recorded(recorder: Recorder, batch: Mapping[str, Any]) -> Recording:
+    recording = recorder.record(batch)
+    if recorder.state.changes():
+        recorder.again().check_state(batch)
+    return recording

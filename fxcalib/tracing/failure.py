@@ -98,6 +98,13 @@ def _location(frame: FrameType, line: int, names: Mapping[int, str]) -> Location
     )
 
 
+def location_of(frame: FrameType | None, names: Mapping[int, str]) -> Location | None:
+    """The innermost line of the model on the stack that starts at `frame`; `names` as for `trace_error`."""
+    while frame is not None and not is_model_code(frame.f_code.co_filename):
+        frame = frame.f_back
+    return None if frame is None else _location(frame, frame.f_lineno, names)
+
+
 def _importable(module: str, code: CodeType) -> str | None:
     """Where the function with this code can be imported from."""
     held = vars(sys.modules[module]) if module in sys.modules else {}

@@ -78,7 +78,16 @@ class GraphTracer(PythonKeyTracer):
                 )
             path = self._constant(tensor)
             self.weights[id(tensor)] = path
-        return self.create_node("get_attr", path, (), {})
+        node = self.create_node("get_attr", path, (), {})
+        node.meta["val"] = tensor
+        return node
+
+    def forget(self) -> None:
+        """Take attributes and objects for what they are when they are read next, not for what was recorded of them."""
+        self._objects.clear()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and isinstance(node.meta.get("val"), torch.Tensor):
+                self.tensor_tracker.pop(node.meta["val"], None)
 
     def _constant(self, value: object) -> str:
         path = f"_constant_{len(self.constants)}"
@@ -217,6 +226,6 @@ def has_effect(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         # a mutable object is made once: every reader has to see the same copy
-        return target is instantiate or is_check(node) or is_wrapped(node)
+        return target in (instantiate, setattr) or is_check(node) or is_wrapped(node)
     assertion = target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
     return assertion or target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags

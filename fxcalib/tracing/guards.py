@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -19,7 +19,7 @@ from torch import fx
 
 from fxcalib.tracing.errors import GuardError
 from fxcalib.tracing.sizes import Sizes, SourcedGuards
-from fxcalib.tracing.structure import flatten
+from fxcalib.tracing.structure import flatten, flatten_batch, same_constant
 from fxcalib.tracing.torch_private import pytree
 
 
@@ -75,6 +75,8 @@ class ValueGuard(ABC):
     """The nodes of the graph that compute the values in question."""
     source: str
     """The model's line that asked."""
+    after: fx.Node | None = field(default=None, kw_only=True)
+    """The last operation before the question that wrote to the memory of these nodes."""
 
     @abstractmethod
     def holds(self, values: Sequence[Any]) -> bool:
@@ -188,14 +190,14 @@ class ShapeGuards:
         Raises:
             GuardError: structure, dtype, rank, a constant or a size relation differs from the trace.
         """
-        leaves, structure = flatten(dict(batch))
+        leaves, structure = flatten_batch(batch)
         if structure != self._inputs.structure:
             raise GuardError(f"the batch has another structure than the traced one: keys {sorted(batch)}")
         for name, traced, leaf in zip(self._inputs.names, self._inputs.values, leaves, strict=True):
             if isinstance(traced, torch.Tensor) != isinstance(leaf, torch.Tensor):
                 raise GuardError(f"batch[{name!r}] was traced as {type(traced).__name__}, not {type(leaf).__name__}")
             if not isinstance(traced, torch.Tensor):
-                if traced != leaf:
+                if not same_constant(traced, leaf):
                     raise GuardError(f"batch[{name!r}] was traced as {traced!r} and is {leaf!r}")
             elif traced.dtype != leaf.dtype or traced.ndim != leaf.ndim:
                 raise GuardError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 from fxcalib.tracing.structure import PLAIN, flatten, is_symbolic, unflatten
 from fxcalib.tracing.torch_private import free_unbacked_symbols
 
+_INDEX = re.compile(r"(^|_)(i|id|idx|index|layer|number)$")
+"""Names of attributes that hold which layer it is: a layer is like the next one all the same."""
+
 
 class LeafCache:
     """Fake results of module calls that differ in nothing a result's metadata can depend on."""
@@ -19,7 +23,9 @@ class LeafCache:
         self._reprs: dict[int, str] = {}
         self._results: dict[tuple[Any, ...], tuple[Any, list[tuple[Any, ...]]]] = {}
 
-    def call(self, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, told: Callable[[], int]) -> Any:
+    def call(
+        self, run: Callable[..., Any], module: nn.Module, name: str, args: Any, kwargs: Any, told: Callable[[], int]
+    ) -> Any:
         """The result of `run(*args, **kwargs)`, the forward of `module` on fakes.
 
         It is kept for the next call unless `told()`, which counts what modules were told of data, grows meanwhile.
@@ -28,17 +34,15 @@ class LeafCache:
         described = [_describe(leaf) for leaf in leaves]
         if any(d is None for d in described):  # an object that the call may change: it has to run
             return run(*args, **kwargs)
-        key = (type(module), self._repr(module), str(structure), _parameters(module), tuple(described))
+        like = (type(module), self._repr(module), _parameters(module), _settings(module, name))
+        key = (*like, str(structure), tuple(described))
         if key in self._results:
             spec, templates = self._results[key]
             return unflatten(spec, *[_instantiate(template, leaves) for template in templates])
-        versions = [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in leaves]
+        versions = [(x, x._version) for x in (*leaves, *module.buffers()) if isinstance(x, torch.Tensor)]
         before = told()
         result = run(*args, **kwargs)
-        unchanged = all(
-            not isinstance(leaf, torch.Tensor) or leaf._version == version
-            for leaf, version in zip(leaves, versions, strict=True)
-        )
+        unchanged = all(tensor._version == version for tensor, version in versions)
         results, spec = flatten(result)
         made = [_template(value, leaves) for value in results]
         known = [template for template in made if template is not None]
@@ -58,6 +62,18 @@ class LeafCache:
 def _parameters(module: nn.Module) -> tuple[Any, ...]:
     parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters())
     return (*parameters, *((name, tuple(b.shape), b.dtype) for name, b in module.named_buffers()))
+
+
+def _settings(module: nn.Module, name: str) -> tuple[Any, ...]:
+    """The numbers, strings, flags and tensors that a module and those in it hold, but for its own index."""
+    index = {int(part) for part in name.split(".") if part.isdecimal()}
+    held = (
+        (inner, key, "index" if type(value) is int and value in index and _INDEX.search(key) else str(_describe(value)))
+        for inner, module in module.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (*PLAIN, torch.Tensor))
+    )
+    return tuple(held)
 
 
 def _describe(leaf: Any) -> Any:

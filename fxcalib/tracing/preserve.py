@@ -1,18 +1,22 @@
-"""Whatever tracing touches is put back: module state, fake weights, random state, the patched `nn.Module.__call__`."""
+"""Whatever tracing touches is put back: module state, fake weights, random state, the patched `nn.Module` methods."""
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import _lru_cache_wrapper
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fxcalib.tracing.structure import PLAIN
 from fxcalib.tracing.torch_private import FakeTensor, FakeTensorMode
 
 
@@ -23,16 +27,29 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     Some models keep results of a forward on themselves (position deltas, rotary tables) or install hooks in it; what
     was made on fake tensors must not survive the trace.
     """
-    dicts = list(_dicts(model))
-    before = [(d, dict(d)) for d in dicts]
+    with preserved_attributes(dict(model.named_modules())), same_random_numbers_again():
+        yield
+
+
+@contextmanager
+def preserved_attributes(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Restore the attributes of `modules`, and what is in the objects and containers that they hold, on leaving."""
+    before = [(container.held, copy.copy(container.held)) for container in containers(modules)]
     try:
-        with same_random_numbers_again():
-            yield
+        yield
     finally:
         for current, saved in before:
             if _differs(current, saved):
                 current.clear()
-                current.update(saved)
+                (current.extend if isinstance(current, (list, deque)) else current.update)(saved)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """`preserved_state`, and what is written to the buffers of `model` in place is undone too: it is only tried."""
+    with preserved_state(model), saved_tensors() as saved:
+        saved.save(model.buffers())
+        yield
 
 
 @contextmanager
@@ -49,33 +66,82 @@ def same_random_numbers_again() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
-def _dicts(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The dicts that make up `model`: of its modules, and of the objects and dicts that these hold."""
+class SavedTensors:
+    """Tensors as they were when they were saved."""
+
+    def __init__(self) -> None:
+        self._saved: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    def save(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Save those that are not saved yet and have data."""
+        for tensor in tensors:
+            if id(tensor) not in self._saved and not tensor.is_meta:
+                self._saved[id(tensor)] = (tensor, tensor._version, tensor.detach().clone())
+
+    def restore(self) -> None:
+        """Put back what was written to since."""
+        with torch.no_grad():
+            for tensor, version, copied in self._saved.values():
+                if tensor._version != version:
+                    tensor.copy_(copied)
+        self._saved.clear()
+
+
+@contextmanager
+def saved_tensors() -> Iterator[SavedTensors]:
+    """What is saved inside is put back on leaving."""
+    saved = SavedTensors()
+    try:
+        yield saved
+    finally:
+        saved.restore()
+
+
+class Container(NamedTuple):
+    """A dict, list or set that is part of a model."""
+
+    module: str
+    """Qualified name of the module that it belongs to."""
+    attribute: str
+    """The attribute of the module that holds it; empty where its entries are the attributes, parameters or buffers."""
+    held: Any
+
+
+_ATTRIBUTES = ("", "_parameters", "_buffers")
+
+
+def containers(modules: Mapping[str, nn.Module]) -> Iterator[Container]:
+    """What makes up `modules`: their attributes, and those of the objects and containers that these hold."""
     seen: set[int] = set()
-    pending: list[tuple[Any, int]] = [(module, 0) for module in model.modules()]
+    pending: list[tuple[str, str, Any, int]] = [(name, "", module, 0) for name, module in modules.items()]
     while pending:
-        value, depth = pending.pop()
+        name, attribute, value, depth = pending.pop()
         if id(value) in seen or isinstance(value, (torch.Tensor, type, ModuleType)) or (callable(value) and depth):
             continue
         seen.add(id(value))
-        held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-        if isinstance(held, dict):
-            yield held
-            if depth < 3:
-                pending += [(inner, depth + 1) for inner in held.values()]
+        held = value if isinstance(value, (dict, list, set, deque, tuple)) else getattr(value, "__dict__", None)
+        if isinstance(held, (dict, list, set, deque)):
+            yield Container(name, attribute, held)
+        if depth < 3 and isinstance(held, (dict, list, set, deque, tuple)):
+            for key, inner in held.items() if isinstance(held, dict) else enumerate(held):
+                if not isinstance(inner, PLAIN):
+                    path = str(key) if attribute in _ATTRIBUTES else attribute
+                    pending.append((name, "" if path in _ATTRIBUTES else path, inner, depth + 1))
 
 
 def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
     """The tensors that `model` holds beside its weights, in attributes of its modules and of the objects they hold."""
-    for held in _dicts(model):
-        for value in held.values():
-            for leaf in value if isinstance(value, (tuple, list)) else (value,):
+    for container in containers(dict(model.named_modules())):
+        for value in container.held.values() if isinstance(container.held, dict) else container.held:
+            for leaf in value if isinstance(value, tuple) else (value,):
                 if isinstance(leaf, torch.Tensor):
                     yield leaf
 
 
-def _differs(current: dict[str, Any], saved: dict[str, Any]) -> bool:
-    return current.keys() != saved.keys() or any(current[k] is not saved[k] for k in saved)
+def _differs(current: Any, saved: Any) -> bool:
+    if isinstance(current, dict):
+        return current.keys() != saved.keys() or any(current[key] is not saved[key] for key in saved)
+    return list(map(id, current)) != list(map(id, saved))
 
 
 @dataclass
@@ -109,6 +175,7 @@ def fake_weights(model: nn.Module, mode: FakeTensorMode, device: torch.device) -
     """
     fakes: dict[int, FakeTensor] = {}
     weights = FakeWeights()
+    _forget_memoized_tensors(model)
     for name, module in model.named_modules():
         for group in (module._parameters, module._buffers):
             for key, tensor in group.items():
@@ -127,15 +194,20 @@ def fake_weights(model: nn.Module, mode: FakeTensorMode, device: torch.device) -
     finally:
         for group, key in weights.places:
             group[key] = originals[id(group), key]
-        _forget_memoized_tensors()
+        _forget_memoized_tensors(model)
 
 
-def _forget_memoized_tensors() -> None:
-    # compressed-tensors memoizes the range of each quantized type: one made while fakes were on is a fake for ever
+def _forget_memoized_tensors(model: nn.Module) -> None:
+    """Clear the memoized functions of the modules that `model` is written in.
+
+    A tensor that one made while fakes were on would be a fake for ever, and one from before would be baked in.
+    compressed-tensors memoizes the range of each quantized type.
+    """
+    written_in = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     for name, library in list(sys.modules.items()):
-        if name.startswith("compressed_tensors."):
+        if name in written_in or name.startswith("compressed_tensors."):
             for value in list(vars(library).values()):
-                if hasattr(value, "cache_clear"):
+                if isinstance(value, _lru_cache_wrapper) and value.__module__ == name:
                     value.cache_clear()
 
 
@@ -144,7 +216,7 @@ def intercepted_calls(call: Callable[..., Any]) -> Iterator[None]:
     """Route every `nn.Module.__call__` through `call(original, module, *args, **kwargs)`."""
     original = nn.Module.__call__
 
-    def intercepted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def intercepted(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return call(original, module, *args, **kwargs)
 
     nn.Module.__call__ = intercepted  # type: ignore[method-assign]
@@ -152,3 +224,18 @@ def intercepted_calls(call: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def intercepted_assignments(assign: Callable[..., Any]) -> Iterator[None]:
+    """Route every `nn.Module.__setattr__` through `assign(original, module, name, value)`."""
+    original = nn.Module.__setattr__
+
+    def intercepted(module: nn.Module, name: str, value: Any) -> None:
+        assign(original, module, name, value)
+
+    nn.Module.__setattr__ = intercepted  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]

@@ -347,7 +347,7 @@
   const plots = make("div", { class: "plots" });
   if (data.memory) {
     // in the order in which they are stacked
-    const order = ["weights", "file pages", "batches", "stored", "statistics", "working", "copies", "workspace"];
+    const order = ["weights", "batches", "stored", "statistics", "working", "copies", "workspace"];
     const held = order.filter((part) => data.memory.steps.some((step) => step.parts[part]));
     $("below").append(data.memory.steps.length ? bars(data.memory.title, held, data.memory.steps.map((step, i) => ({
       label: `step ${i}: ${step.text}`, values: held.map((part) => step.parts[part] ?? 0), index: step.subgraph, tick: i,

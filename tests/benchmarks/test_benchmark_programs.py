@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import environment, gptq, overhead, texts, wheels
+from benchmarks import environment, gptq, overhead, texts, tracing_time, wheels
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.results import markdown, save
 from fxcalib.modifiers.base import Scope
@@ -112,6 +112,24 @@ def test_the_tables_of_both_benchmarks() -> None:
     }
     cells = gptq.table({"rows": [row]}).splitlines()[2].split("|")[1:-1]
     assert [cell.strip() for cell in cells] == ["fxcalib", "45", "1.5", "1", "25", "20", "0.25"]
+
+
+def test_tracing_time_of_two_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tracing_time", "--quick"]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    header, _, layers, linears = [row for row in rows if len(row) > 1]
+    assert header == ["model", "targets", "seconds", "tracing, s", "partitioning, s", "nodes", "subgraphs"]
+    assert (layers[1], layers[-1]) == ("layers", "3")
+    assert (linears[1], linears[-1]) == ("Linear", "15")
+    assert int(layers[5]) < int(linears[5])
+
+
+def test_tracing_time_measures_what_it_says() -> None:
+    assert [case.settings["num_hidden_layers"] for case in tracing_time.DEPTHS] == [8, 16, 32, 64]
+    assert len({str({**case.settings, "num_hidden_layers": 0}) for case in tracing_time.DEPTHS}) == 1
+    model = tracing_time.build(tracing_time.QUICK[0])
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert len(model.model.layers) == 2
 
 
 def test_the_idle_modifier_observes_and_changes_nothing() -> None:

@@ -89,13 +89,13 @@ def test_address_space_is_not_limited_with_builds_for_accelerators(monkeypatch: 
     assert running.address_space() is None
 
 
-def _record(name: str, category: str = "causal_lm", tool: str = "fxcalib", **changes: Any) -> dict[str, Any]:
+def _record(
+    name: str, category: str = "causal_lm", tool: str = "fxcalib", *, linear: bool = False, **changes: Any
+) -> dict[str, Any]:
     good = Score("default", "eager", True, True, True, True, True)
-    scores = [
-        {**vars(good), "targets": targets, "attention": attention, "full": True}
-        for attention in ("eager", "sdpa")
-        for targets in ("default", "decoder")
-    ]
+    kinds = [(targets, attention) for attention in ("eager", "sdpa") for targets in ("default", "decoder")]
+    kinds += [("linear", "eager")] if linear else []
+    scores = [{**vars(good), "targets": targets, "attention": attention, "full": True} for targets, attention in kinds]
     record = {"name": f"{category}/{name}", "category": category, "tool": tool, "built": True}
     return {**record, "deterministic": True, "sensitive": True, "scores": scores, **changes}
 
@@ -103,9 +103,12 @@ def _record(name: str, category: str = "causal_lm", tool: str = "fxcalib", **cha
 def test_the_report() -> None:
     bad = _record("bad/Bad")
     bad["scores"][0].update(exact=False, wrong=True, full=False, cause="batch 0: logits differs by up to 0.5")
+    partial = _record("partial/Partial", linear=True)
+    partial["scores"][-1].update(others=False, full=False, cause="batch 1: RuntimeError: sizes differ")
     found = [
-        _record("good/Good"),
+        _record("good/Good", linear=True),
         bad,
+        partial,
         _record("crash/Crash", scores=[], crash="died of SIGKILL"),
         _record("none/None", "ctc", built=False, stage="init", reason="needs a package"),
         _record("random/Random", "ctc", deterministic=False),
@@ -114,14 +117,15 @@ def test_the_report() -> None:
     text = report.text(found)
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[3:-1]] for line in text.splitlines()[2:5]}
     assert rows == {
-        "causal_lm": ["2/3", "2/3", "1/3", "2/3", "2/3", "1/3", "1/3", "2/3", "2/2", "1/3", "1", "0"],
-        "ctc": ["1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "0", "0"],
-        "all": ["3/4", "3/4", "2/4", "3/4", "3/4", "2/4", "2/4", "3/4", "3/3", "2/4", "1", "0"],
+        "causal_lm": ["3/4", "3/4", "2/4", "3/4", "3/4", "2/4", "2/4", "3/4", "3/3", "1/2", "2/4", "1", "0"],
+        "ctc": ["1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "1/1", "0/0", "1/1", "0", "0"],
+        "all": ["4/5", "4/5", "3/5", "4/5", "4/5", "3/5", "3/5", "4/5", "4/4", "1/2", "3/5", "1", "0"],
     }
     assert text.split("\n\n")[1:] == [
-        "not in full (2):\n"
+        "not in full (3):\n"
         "- fxcalib: causal_lm/bad/Bad: WRONG with eager attention, default targets, eager attention: "
         "batch 0: logits differs by up to 0.5\n"
+        "- fxcalib: causal_lm/partial/Partial: linear targets, eager attention: batch 1: RuntimeError: sizes differ\n"
         "- fxcalib: causal_lm/crash/Crash: process: died of SIGKILL",
         "not scored (4):\n"
         "- ctc/none/None: not built (init): needs a package\n"

@@ -92,7 +92,7 @@ def test_padding_is_left_out_of_the_hessian() -> None:
     statistics = modifier.statistics_of("0")
     assert statistics is not None and statistics.hessian is not None
     rows = inputs[real]
-    assert torch.allclose(statistics.hessian.sum_II, 2 * rows.T @ rows, atol=1e-4)
+    assert torch.allclose(statistics.hessian.full(), 2 * rows.T @ rows, atol=1e-4)
 
 
 def test_modules_that_no_batch_reaches_are_rounded_with_a_note() -> None:

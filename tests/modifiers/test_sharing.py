@@ -43,7 +43,7 @@ def test_statistics_equal_those_collected_one_by_one(calls: list[list[tuple[str,
     for names, statistics in groups:
         for name in names:
             assert statistics.hessian is not None and alone[name].hessian is not None
-            assert torch.allclose(statistics.hessian.sum_II, alone[name].hessian.sum_II, atol=1e-4)
+            assert torch.allclose(statistics.hessian.full(), alone[name].hessian.full(), atol=1e-4)
             assert statistics.range is not None and alone[name].range is not None
             assert statistics.range.extremes() == alone[name].range.extremes()
             assert statistics.batches == alone[name].batches
@@ -76,8 +76,8 @@ def test_modules_part_where_their_inputs_do() -> None:
     see(shared, "b", batches[2], 1)
     first, second = (statistics for _, statistics in shared.finish())
     assert first.hessian is not None and second.hessian is not None
-    assert torch.allclose(first.hessian.sum_II, sum(x.T @ x for x in batches[:2]))
-    assert torch.allclose(second.hessian.sum_II, batches[0].T @ batches[0] + batches[2].T @ batches[2])
+    assert torch.allclose(first.hessian.full(), sum(x.T @ x for x in batches[:2]))
+    assert torch.allclose(second.hessian.full(), batches[0].T @ batches[0] + batches[2].T @ batches[2])
 
 
 def test_an_input_changed_in_place_is_another_input() -> None:
@@ -88,7 +88,7 @@ def test_an_input_changed_in_place_is_another_input() -> None:
     see(shared, "b", inputs, 0)
     (_, first), (_, second) = shared.finish()
     assert first.hessian is not None and second.hessian is not None
-    assert torch.equal(second.hessian.sum_II, 4 * first.hessian.sum_II)
+    assert torch.equal(second.hessian.full(), 4 * first.hessian.full())
 
 
 def test_an_input_changed_before_all_have_read_it_is_refused() -> None:

@@ -52,10 +52,15 @@ def test_an_accelerator_holds_one_subgraph_and_one_batch() -> None:
     commits = {i: Committed(working_bytes=50) for i, s in enumerate(plan.steps) if s.kind == "commit"}
     facts = replace(FACTS, committed=commits, on_device=True, workspace=3)
     by_name = {m.name: m for m in moments(plan, PARTS, facts)}
-    assert by_name["propagate subgraph 0"].device == {"weights": 300, "working": 7, "copies": 1, "workspace": 3}
-    assert by_name["propagate subgraph 0"].host == {"weights": 700, "file pages": 300, "batches": 4, "stored": 40}
+    assert by_name["propagate subgraph 0"].device == {
+        "weights": 300 + 200,
+        "working": 7,
+        "copies": 4 * 1 + 3 * 10,
+        "workspace": 3,
+    }
+    assert by_name["propagate subgraph 0"].host == {"weights": 1000, "batches": 4, "stored": 40}
     assert by_name["commit subgraph 1"].device_bytes == 200 + 5 + 50 + 3
-    assert by_name["save"].host_bytes == 1000 + 500 + 4 + 250 + 30
+    assert by_name["save"].host_bytes == 1000 + 4 + 250 + 30
     crossed = moved(plan, facts)
     assert (crossed.host_to_device, crossed.device_to_host) == (300 + 200 + 4 + 4 + 40, 300 + 200 + 40)
     kept = moments(plan, PARTS, replace(facts, stored_on_device=True))

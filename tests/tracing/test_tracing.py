@@ -384,7 +384,7 @@ def test_sizes_that_hang_on_data_are_those_of_the_batch() -> None:
     parts = partition(trace(model, {"x": torch.randn(2, 5, 4), "lengths": torch.tensor([1, 2])}, "Linear"))
     for lengths in ([1, 2], [2, 2], [1, 2]):
         batch = {"x": torch.randn(2, 5, 4), "lengths": torch.tensor(lengths)}
-        parts.variants.select(batch).traced.bind(batch)  # told before anything runs, not by a module's result
+        parts.variants.bind(batch)  # told before anything runs, not by a module's result
         assert torch.equal(parts.run(batch), model(**batch))
     assert len(parts.variants.partitions) == 2
 
