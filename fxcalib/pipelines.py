@@ -41,6 +41,7 @@ from fxcalib.report import SubgraphReport
 from fxcalib.suspended import SuspendedProgram
 from fxcalib.tracing import TraceError, default_targets, resolve_targets, trace
 from fxcalib.tracing.preserve import unchanged
+from fxcalib.tracing.second_run import KEPT_STATE
 from fxcalib.weights import all_on
 
 Dataloader = Iterable[Mapping[str, Any]]
@@ -223,7 +224,8 @@ class SequentialPipeline(CalibrationPipeline):
         except TraceError as error:
             with torch.no_grad(), unchanged(model):
                 model(**copy.deepcopy(dict(batch)))  # an error of the model itself is clearer than one of its trace
-            if not self.inferred:
+            # suspended forwards of several batches would share such state, and be wrong without an error
+            if not self.inferred or error.kind == KEPT_STATE:
                 raise
             warnings.warn(
                 "the model cannot be traced, so its own forwards are suspended at each layer instead (the "

@@ -18,7 +18,6 @@ import torch
 from torch import fx, nn
 
 from fxcalib.tracing.errors import TraceError
-from fxcalib.tracing.failure import NEXT_STEPS
 from fxcalib.tracing.graph import GraphTracer, Template, instantiate, is_call, is_check
 from fxcalib.tracing.guards import Known, Relation, ValueGuard
 from fxcalib.tracing.state import MISSING, Entry, GlueState
@@ -200,7 +199,8 @@ def refusal(model: nn.Module, entries: Iterable[Entry], state: GlueState, reason
         f"{type(model).__name__} cannot be traced: {reason} "
         + ",\n  and in ".join(parts)
         + "\n  The subgraphs do not assign it, so every batch would be computed as the first one. Wrap the method that "
-        "reads and changes it, or change a buffer in place.\n" + NEXT_STEPS,
+        "reads and changes it with fxcalib.wrap,\n  change a buffer in place, or calibrate batch after batch: "
+        "pipeline='basic' (fxcalib quantize --pipeline basic)",
         kind=KEPT_STATE,
         calls=tuple(calls),
     )

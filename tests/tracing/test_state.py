@@ -10,7 +10,7 @@ import stateful_models as models
 import torch
 from torch import nn
 
-from fxcalib import partition, trace, wrapped
+from fxcalib import QuantizationModifier, calibrate, partition, trace, wrapped
 from fxcalib.tracing import TraceError
 
 SEQUENTIAL = ("Linear", ["layers.1"])
@@ -44,9 +44,16 @@ def test_what_the_next_call_would_read_is_refused(cls: type[models.Stateful]) ->
     said = str(caught.value)
     assert f"{cls.__name__} cannot be traced: what its forward does depends on what an earlier call has left in" in said
     assert f"'{REFUSED[cls]}' of the model ({cls.__name__})" in said
-    assert "fxcalib.wrap" in said and "pipeline='layer_sequential', suspended=True" in said
+    assert "fxcalib.wrap" in said and "pipeline='basic'" in said
     assert caught.value.kind == "state kept between calls"
     assert_unchanged(model, cls())
+
+
+def test_suspended_forwards_do_not_take_its_place() -> None:
+    """Those of several batches would share what is kept."""
+    model = models.KeepsHistory().requires_grad_(False)
+    with pytest.raises(TraceError, match="pipeline='basic'"):
+        calibrate(model, [batch(3), batch(2)], QuantizationModifier(scheme="FP8"), targets="layers.1", pipeline=None)
 
 
 def assert_unchanged(model: models.Stateful, fresh: models.Stateful) -> None:
