@@ -34,6 +34,59 @@ app = typer.Typer(
     epilog="Begin with [bold]fxcalib quantize[/bold]: it needs no model and no data, and shows what calibration gains.",
 )
 
+Algorithm = Annotated[
+    str,
+    typer.Option(
+        "--algorithm",
+        "-a",
+        metavar="A",
+        help="[cyan]gptq[/cyan] rounds each weight in view of the errors so far, and needs data; "
+        "[cyan]rtn[/cyan] rounds to nearest.",
+        rich_help_panel="What to do",
+    ),
+]
+Scheme = Annotated[
+    str,
+    typer.Option("--scheme", "-s", metavar="S", help=_SCHEMES, rich_help_panel="What to do"),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Weights that share a scale, along the inputs. Smaller is more exact and larger on disk. "
+        "Default: the scheme's.",
+        rich_help_panel="What to do",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Modules to leave as they are: names, classes or [cyan]re:[/cyan]patterns. "
+        "Repeat it or separate by commas. Default: lm_head.",
+        rich_help_panel="What to do",
+    ),
+]
+Pack = Annotated[
+    bool,
+    typer.Option(
+        "--pack/--no-pack",
+        help="Join texts to samples of full length, or pad each text to its own.",
+        rich_help_panel="Data",
+    ),
+]
+Pipeline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="P",
+        help="[cyan]sequential[/cyan] calibrates one subgraph after the other, each on what the compressed ones "
+        "before it really output; [cyan]layer_sequential[/cyan] does so without a trace of the model; "
+        "[cyan]basic[/cyan] runs the whole model at once; [cyan]datafree[/cyan] runs nothing; "
+        "[cyan]independent[/cyan]: each step its own. Default: what the algorithm needs.",
+        rich_help_panel="How it runs",
+    ),
+]
 Targets = Annotated[
     list[str] | None,
     typer.Option(
@@ -223,65 +276,18 @@ def quantize(
             "and without calibration and the results are compared.",
         ),
     ] = None,
-    algorithm: Annotated[
-        str,
-        typer.Option(
-            "--algorithm",
-            "-a",
-            metavar="A",
-            help="[cyan]gptq[/cyan] rounds each weight in view of the errors so far, and needs data; "
-            "[cyan]rtn[/cyan] rounds to nearest.",
-            rich_help_panel="What to do",
-        ),
-    ] = "gptq",
-    scheme: Annotated[
-        str,
-        typer.Option("--scheme", "-s", metavar="S", help=_SCHEMES, rich_help_panel="What to do"),
-    ] = "W4A16",
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Weights that share a scale, along the inputs. Smaller is more exact and larger on disk. "
-            "Default: the scheme's.",
-            rich_help_panel="What to do",
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Modules to leave as they are: names, classes or [cyan]re:[/cyan]patterns. "
-            "Repeat it or separate by commas. Default: lm_head.",
-            rich_help_panel="What to do",
-        ),
-    ] = None,
+    algorithm: Algorithm = "gptq",
+    scheme: Scheme = "W4A16",
+    group_size: GroupSize = None,
+    ignore: Ignore = None,
     data: Data = None,
     text_column: TextColumn = None,
     samples: Samples = None,
     seq_len: SequenceLength = None,
     batch_size: MicroBatch = None,
-    pack: Annotated[
-        bool,
-        typer.Option(
-            "--pack/--no-pack",
-            help="Join texts to samples of full length, or pad each text to its own.",
-            rich_help_panel="Data",
-        ),
-    ] = True,
+    pack: Pack = True,
     seed: Seed = 0,
-    pipeline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="P",
-            help="[cyan]sequential[/cyan] calibrates one subgraph after the other, each on what the compressed ones "
-            "before it really output; [cyan]layer_sequential[/cyan] does so without a trace of the model; "
-            "[cyan]basic[/cyan] runs the whole model at once; [cyan]datafree[/cyan] runs nothing; "
-            "[cyan]independent[/cyan]: each step its own. Default: what the algorithm needs.",
-            rich_help_panel="How it runs",
-        ),
-    ] = None,
+    pipeline: Pipeline = None,
     targets: Targets = None,
     targets_per_subgraph: TargetsPerSubgraph = 1,
     propagate_error: PropagateError = True,
@@ -549,37 +555,18 @@ def plan_command(
         str | None,
         typer.Argument(metavar="MODEL", help="A model folder or a Hugging Face id; only its config is read."),
     ] = None,
-    algorithm: Annotated[
-        str, typer.Option("--algorithm", "-a", metavar="A", help="gptq or rtn.", rich_help_panel="What to do")
-    ] = "gptq",
-    scheme: Annotated[
-        str, typer.Option("--scheme", "-s", metavar="S", help=_SCHEMES, rich_help_panel="What to do")
-    ] = "W4A16",
-    group_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Weights that share a scale.", rich_help_panel="What to do"),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Modules to leave as they are.", rich_help_panel="What to do"),
-    ] = None,
+    algorithm: Algorithm = "gptq",
+    scheme: Scheme = "W4A16",
+    group_size: GroupSize = None,
+    ignore: Ignore = None,
     data: Data = None,
     text_column: TextColumn = None,
     samples: Samples = None,
     seq_len: SequenceLength = None,
     batch_size: MicroBatch = None,
-    pack: Annotated[
-        bool, typer.Option("--pack/--no-pack", help="Samples of full length, or padded.", rich_help_panel="Data")
-    ] = True,
+    pack: Pack = True,
     seed: Seed = 0,
-    pipeline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="P",
-            help="sequential, layer_sequential, basic, datafree or independent, as quantize takes it.",
-            rich_help_panel="How it runs",
-        ),
-    ] = None,
+    pipeline: Pipeline = None,
     targets: Targets = None,
     targets_per_subgraph: TargetsPerSubgraph = 1,
     propagate_error: PropagateError = True,

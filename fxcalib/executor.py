@@ -195,7 +195,7 @@ class _Run:
                     store.free(i, own.frees)
                 store.pace()
                 self._progress.batch(fact.tokens)
-        checks.finish()
+            checks.finish()
         current.index, current.token_mask = -1, None
 
 

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from fxcalib.errors import OptionError
 from fxcalib.transfers import Direct, Transfers, transfers_between
 
-OFFLOADS = ("auto", "cpu", "none")
 AUTO = "auto"
 
 _SPARE = 0.25

@@ -83,10 +83,8 @@ def _progress(record: dict[str, Any], done: int, total: int, seconds: float) -> 
         state = f"not built: {record.get('reason') or record.get('crash') or record.get('error')}"
     elif not record["deterministic"]:
         state = "not deterministic"
-    elif report.is_full(record):
-        state = "full"
     else:
-        lines = report.failures([record])
-        state = "FAILED " + lines[0].split(": ", 2)[-1] if lines else "FAILED"
+        failed = report.failures([record])
+        state = "FAILED " + failed[0].split(": ", 2)[-1] if failed else "full"
     label = f"{record['name']} [{record['tool']}]"
     return f"{done}/{total} ({left // 60}:{left % 60:02d} left) {label:<70} {record['seconds']:5.1f} s  {state[:200]}"
