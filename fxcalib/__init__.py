@@ -11,31 +11,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxcalib.api import calibrate, plan, quantize
+    from fxcalib.api import calibrate, quantize
     from fxcalib.arguments import DatasetArguments
     from fxcalib.evaluation import Evaluation, evaluate
     from fxcalib.explanation import Explanation, explain
-    from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
+    from fxcalib.mappings import AWQMapping
+    from fxcalib.modifiers import (
+        AWQModifier,
+        GPTQModifier,
+        MagnitudePruningModifier,
+        Modifier,
+        QuantizationModifier,
+        SmoothQuantModifier,
+        SparseGPTModifier,
+        WandaModifier,
+    )
     from fxcalib.partitioning import Partition, Subgraph, partition
+    from fxcalib.recipes import Recipe, load_recipe
     from fxcalib.report import Report
+    from fxcalib.run_plan import plan
     from fxcalib.tracing import TracedModel, TraceError, trace
     from fxcalib.tracing.patching import wrap, wrapped
 
 _HOME = {
     "calibrate": "fxcalib.api",
-    "plan": "fxcalib.api",
+    "plan": "fxcalib.run_plan",
     "quantize": "fxcalib.api",
     "DatasetArguments": "fxcalib.arguments",
     "Evaluation": "fxcalib.evaluation",
     "evaluate": "fxcalib.evaluation",
     "Explanation": "fxcalib.explanation",
     "explain": "fxcalib.explanation",
+    "AWQMapping": "fxcalib.mappings",
+    "AWQModifier": "fxcalib.modifiers",
     "GPTQModifier": "fxcalib.modifiers",
+    "MagnitudePruningModifier": "fxcalib.modifiers",
     "Modifier": "fxcalib.modifiers",
     "QuantizationModifier": "fxcalib.modifiers",
+    "SmoothQuantModifier": "fxcalib.modifiers",
+    "SparseGPTModifier": "fxcalib.modifiers",
+    "WandaModifier": "fxcalib.modifiers",
     "Partition": "fxcalib.partitioning",
     "Subgraph": "fxcalib.partitioning",
     "partition": "fxcalib.partitioning",
+    "Recipe": "fxcalib.recipes",
+    "load_recipe": "fxcalib.recipes",
     "Report": "fxcalib.report",
     "TraceError": "fxcalib.tracing",
     "TracedModel": "fxcalib.tracing",
@@ -45,20 +65,28 @@ _HOME = {
 }
 
 __all__ = [
+    "AWQMapping",
+    "AWQModifier",
     "DatasetArguments",
     "Evaluation",
     "Explanation",
     "GPTQModifier",
+    "MagnitudePruningModifier",
     "Modifier",
     "Partition",
     "QuantizationModifier",
+    "Recipe",
     "Report",
+    "SmoothQuantModifier",
+    "SparseGPTModifier",
     "Subgraph",
     "TraceError",
     "TracedModel",
+    "WandaModifier",
     "calibrate",
     "evaluate",
     "explain",
+    "load_recipe",
     "partition",
     "plan",
     "quantize",

@@ -8,43 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from torch import nn
 
-from fxcalib import memory
+from fxcalib.algorithms import ALGORITHMS, Choice, chosen_modifiers, listed
 from fxcalib.arguments import DatasetArguments
-from fxcalib.batch_checks import fingerprint_batches
 from fxcalib.batch_size import samples_a_batch
+from fxcalib.calibration import run
 from fxcalib.checkpoint import prepare_output, save
 from fxcalib.data import batches, build, load_texts
-from fxcalib.errors import DataError, ModelError, OptionError, nearest
+from fxcalib.errors import DataError, ModelError, RecipeError
 from fxcalib.evaluation import evaluate as evaluate_model
-from fxcalib.loading import (
-    DTYPES,
-    LoadedModel,
-    load,
-    load_skeleton,
-    refuse_meta,
-    refuse_non_finite,
-    refuse_quantized,
-)
-from fxcalib.modifiers import GPTQModifier, Modifier, QuantizationModifier
-from fxcalib.modifiers.schemes import unquantizable
-from fxcalib.patterns import names_of
+from fxcalib.loading import LoadedModel, load, refuse_kind, refuse_meta, refuse_non_finite, refuse_quantized
+from fxcalib.modifiers import Modifier
+from fxcalib.patterns import targets_of
 from fxcalib.pipelines import CalibrationPipeline
-from fxcalib.profiling import Profile, profiling
 from fxcalib.progress import Progress
-from fxcalib.report import Report, unquantized_note, versions
-from fxcalib.sources import check_source
-
-if TYPE_CHECKING:
-    from fxcalib.prediction import DryRun
-
-ALGORITHMS: dict[str, type[GPTQModifier] | type[QuantizationModifier]] = {
-    "gptq": GPTQModifier,
-    "rtn": QuantizationModifier,
-}
+from fxcalib.recipes import dump_recipe
+from fxcalib.report import Report
+from fxcalib.run_plan import plan
+from fxcalib.sources import check_source, columns_of
 
 
 def calibrate(
@@ -69,7 +53,7 @@ def calibrate(
         model: any module; a causal language model of transformers, say.
         dataloader: batches as dicts of tensors for `model(**batch)`, such as `input_ids` (batch, sequence) int64 and
             `attention_mask`; None where no modifier needs data.
-        modifiers: what to do, in order.
+        modifiers: what to do, in order; also a recipe, as `fxcalib.recipes.load_recipe` reads it.
         pipeline: `sequential`, `layer_sequential`, `basic`, `datafree` or `independent`; None infers it from the
             modifiers, and suspends the forwards of a model that cannot be traced.
         targets: sequential targets as class names, module names or `re:` patterns; default: the decoder layers.
@@ -92,7 +76,7 @@ def calibrate(
         FxcalibError: see `fxcalib.errors`; the model may then be compressed in part.
     """
     arguments = DatasetArguments(
-        sequential_targets=_targets(targets),
+        sequential_targets=targets_of(targets),
         sequential_targets_per_subgraph=targets_per_subgraph,
         propagate_error=propagate_error,
         suspended=suspended,
@@ -100,14 +84,14 @@ def calibrate(
         device=device,
         seed=seed,
     )
-    chosen = _listed(modifiers)
+    chosen = listed(modifiers)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is {model!r}; calibrate takes an nn.Module, quantize also folders and hub ids")
     refuse_meta(model)
     refuse_non_finite(model)
     progress = progress or Progress()
     try:
-        return _calibrate(model, dataloader, chosen, pipeline, arguments, progress, profile)
+        return run(model, dataloader, chosen, pipeline, arguments, progress, profile)
     finally:
         progress.close()
 
@@ -116,12 +100,19 @@ def quantize(
     model: str | Path | nn.Module | None = None,
     *,
     algorithm: str = "gptq",
-    scheme: str = "W4A16",
+    scheme: str | Mapping[str, Any] | None = None,
     group_size: int | None = None,
-    ignore: Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    smoothquant: float | None = None,
+    sparsity: float | None = None,
+    mask_structure: str | None = None,
+    kv_cache_scheme: str | Mapping[str, Any] | None = None,
     modifiers: Modifier | Sequence[Modifier] | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
     data: str | Path | Iterable[Mapping[str, Any]] | None = None,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
+    completion_only: bool = False,
+    streaming: bool = False,
     samples: int | None = None,
     seq_len: int | None = None,
     batch_size: int | None = None,
@@ -148,14 +139,22 @@ def quantize(
     Args:
         model: a local folder, a hub id, or a module, which is compressed in place; None: the small model that the
             package ships.
-        algorithm: `gptq` or `rtn` (round to nearest).
-        scheme: a preset of compressed-tensors, such as `W4A16`, `W8A8`, `FP8_DYNAMIC`.
+        algorithm: `gptq`, `rtn` (round to nearest) or `awq` quantize; `sparsegpt`, `wanda` or `magnitude` prune.
+        scheme: a preset of compressed-tensors, such as `W4A16` (the default), `W8A8`, `FP8_DYNAMIC`.
         group_size: columns that share a scale, for schemes that quantize weights in groups; default: the scheme's.
         ignore: modules to leave as they are; default: the output head.
-        modifiers: used instead of `algorithm`, `scheme`, `group_size` and `ignore` where given.
+        smoothquant: strength, 0 to 1, of SmoothQuant before the algorithm; None does without.
+        sparsity, mask_structure: part of the weights to prune (by default a half), and where: `2:4`, `0:0` (anywhere).
+        kv_cache_scheme: `fp8` or `int8`, or quantization arguments, for keys and values; default: as they are.
+        modifiers: used instead of all of these where given.
+        recipe: used instead of all of these where given: a file in the format of llm-compressor, its text, or a dict.
         data: a text, jsonl, json, csv or parquet file, a folder of those, a `datasets` id, or batches as dicts of
             tensors; default: text that the package ships.
-        text_column: of the data; default: `text`.
+        text_column: of the data, or several, which are joined; default: `text`, `messages`, `conversations`, or
+            `prompt` and `completion`. Lists of messages are written by the tokenizer's chat template.
+        completion_only: take statistics of completions only: what the assistant says, or the last of several columns.
+            A `loss_mask` (batch, sequence) in batches does the same.
+        streaming: fetch the rows of a `datasets` id as they are needed, not all of them first.
         samples, seq_len: how much text, in samples and tokens a sample; default: up to 128 of up to 1024.
         batch_size: samples a batch; default: as many as keep the device busy, within its memory.
         pack: join documents to samples without padding; else one document is one sample, padded.
@@ -181,12 +180,14 @@ def quantize(
     clock = _Clock()
     arguments = DatasetArguments(
         dataset=data if isinstance(data, (str, Path)) else None,
-        text_column=text_column,
+        text_column=columns_of(text_column),
+        streaming=streaming,
+        use_loss_mask=completion_only,
         num_calibration_samples=samples,
         max_seq_length=seq_len,
         batch_size=batch_size,
         concatenate_data=pack,
-        sequential_targets=_targets(targets),
+        sequential_targets=targets_of(targets),
         sequential_targets_per_subgraph=targets_per_subgraph,
         propagate_error=propagate_error,
         suspended=suspended,
@@ -195,13 +196,23 @@ def quantize(
         seed=seed,
     )
     try:
-        chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
+        choice = Choice(
+            algorithm,
+            scheme,
+            group_size,
+            ignore,
+            smoothquant,
+            sparsity,
+            mask_structure,
+            kv_cache_scheme,
+        )
+        chosen = chosen_modifiers(choice, modifiers, recipe)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to warn of comes with the run, and into its report
             CalibrationPipeline.from_modifiers(chosen, pipeline)  # options are refused before a model is loaded
-        _refuse_kind(model)
+        refuse_kind(model)
         if any(modifier.needs_data for modifier in chosen):
-            _refuse_data(data)
+            _refuse_data(data, streaming)
         source = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
         if output is not None:
             prepare_output(output, overwrite=overwrite, source=source)
@@ -211,17 +222,18 @@ def quantize(
         with clock("data"):
             given = None if isinstance(data, (str, Path)) else data
             dataloader, described = _data(loaded, chosen, given, arguments)
+        text, untold = _recipe_of(chosen, loaded.model)
         before = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate before")
-        report = _calibrate(loaded.model, dataloader, chosen, pipeline, arguments, progress, profile)
+        report = run(loaded.model, dataloader, chosen, pipeline, arguments, progress, profile)
         clock.seconds["calibrate"] = report.seconds
         after = _perplexity(loaded, evaluate, arguments, progress, clock, "evaluate after")
+        by_options = modifiers is None and recipe is None
         report = replace(
             report,
             model=loaded.name,
-            algorithm=report.algorithm if modifiers is not None else algorithm.lower(),
-            scheme=_scheme_label(scheme, group_size)
-            if modifiers is None and isinstance(scheme, str)
-            else report.scheme,
+            algorithm=choice.algorithm if by_options else report.algorithm,
+            scheme=(choice.label if by_options else None) or report.scheme,
+            notes=(*report.notes, *untold),
             data={**report.data, **described},
             perplexity_before=before,
             perplexity_after=after,
@@ -239,6 +251,7 @@ def quantize(
                     processor=loaded.processor,
                     source=saved_from,
                     report=report,
+                    recipe=text,
                     overwrite=overwrite,
                 )
         return replace(report, seconds=time.perf_counter() - started, timings=dict(clock.seconds))
@@ -246,190 +259,21 @@ def quantize(
         progress.close()
 
 
-def plan(
-    model: str | Path | nn.Module | None = None,
-    *,
-    algorithm: str = "gptq",
-    scheme: str = "W4A16",
-    group_size: int | None = None,
-    ignore: Sequence[str] | None = None,
-    modifiers: Modifier | Sequence[Modifier] | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    pack: bool = True,
-    pipeline: str | None = None,
-    targets: str | Sequence[str] | None = None,
-    targets_per_subgraph: int = 1,
-    propagate_error: bool = True,
-    suspended: bool = False,
-    offload: str = "auto",
-    device: str | None = None,
-    dtype: str = "auto",
-    seed: int = 0,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    writes: bool = True,
-    calibrate_machine: bool = False,
-    trust_remote_code: bool = False,
-) -> DryRun:
-    """What `quantize` would do with the same options: subgraphs, steps, bytes, operations. No weight is loaded.
-
-    Args:
-        model, ..., overwrite, trust_remote_code: as `quantize` has them; a module may lie on the meta device. The data
-            is not read: all `samples` (by default 128) are taken to be there, of `seq_len` tokens each.
-        writes: whether a checkpoint is written at the end.
-        calibrate_machine: measure how fast this machine multiplies and copies first, and keep that for later plans.
-
-    Raises:
-        FxcalibError: what `quantize` would refuse of model and options.
-    """
-    from fxcalib.embedded import MODEL_DIR
-    from fxcalib.prediction import Calibration, machine, predict
-
-    chosen = _modifiers(algorithm, scheme, group_size, ignore, modifiers)
-    flow = CalibrationPipeline.from_modifiers(chosen, pipeline)
-    _refuse_kind(model)
-    if flow.name == "independent":
-        if len(chosen) > 1:
-            raise OptionError("the independent pipeline runs one modifier after another; plan each of them by itself")
-        flow = CalibrationPipeline.from_modifiers(chosen)
-    note = ""
-    if flow.name == "layer_sequential":
-        flow = CalibrationPipeline.from_modifiers(chosen, "sequential")
-        note = "layer_sequential traces nothing and needs weights: this is the plan of sequential, with the same steps"
-    for name, value in (("samples", samples), ("seq_len", seq_len), ("batch_size", batch_size)):
-        if isinstance(value, int) and value < 1:
-            raise OptionError(f"{name} is {value}; it must be at least 1")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise OptionError(f"unknown dtype {dtype!r}: {nearest(str(dtype), ['auto', *DTYPES])}")
-    if isinstance(model, nn.Module):
-        refuse_quantized(model)
-        skeleton, label = model, getattr(model, "name_or_path", "") or type(model).__name__
-    else:
-        folder = MODEL_DIR if model is None else model
-        skeleton, label = load_skeleton(folder, trust_remote_code=trust_remote_code), Path(folder).name
-        skeleton = skeleton if dtype == "auto" else skeleton.to(DTYPES[dtype])
-    if output is not None:
-        source = Path(model) if isinstance(model, (str, Path)) and Path(model).is_dir() else None
-        prepare_output(output, overwrite=overwrite, source=source)
-    arguments = DatasetArguments(
-        num_calibration_samples=samples,
-        max_seq_length=seq_len,
-        batch_size=batch_size,
-        concatenate_data=pack,
-        sequential_targets=_targets(targets),
-        sequential_targets_per_subgraph=targets_per_subgraph,
-        propagate_error=propagate_error,
-        suspended=suspended,
-        sequential_offload_device=offload,
-        device=device,
-        seed=seed,
-    )
-    if calibrate_machine:
-        machine.measure(arguments.compute_device())
-    length = arguments.seq_len(getattr(skeleton, "config", None))
-    calibration = Calibration(
-        samples=arguments.samples,
-        batch_size=samples_a_batch(skeleton, length, arguments.compute_device()) if batch_size is None else batch_size,
-        seq_len=length,
-        padded=not pack,
-    )
-    return replace(predict(skeleton, label, flow, calibration, arguments, writes=writes), note=note)
+def _recipe_of(modifiers: Sequence[Modifier], model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
+    """The recipe that is saved with a checkpoint, or None and why there is none."""
+    try:
+        return dump_recipe(modifiers, model), ()
+    except RecipeError as error:
+        return None, (f"no recipe is saved: {error}",)
 
 
-def _calibrate(
-    model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]] | None,
-    modifiers: Sequence[Modifier],
-    pipeline: str | None,
-    arguments: DatasetArguments,
-    progress: Progress,
-    profiled: bool,
-) -> Report:
-    memory.reset_peaks()
-    started = time.perf_counter()
-    fingerprint = _Fingerprinted(dataloader)
-    profile = Profile(arguments.compute_device()) if profiled else None
-    with _collected_warnings() as caught, profiling(profile):
-        flow = CalibrationPipeline.from_modifiers(modifiers, pipeline)
-        outcome = flow(model, fingerprint if dataloader is not None else None, arguments, progress=progress)
-    parts = {} if profile is None else profile.seconds()
-    seconds = time.perf_counter() - started
-    note = unquantized_note(unquantizable(model), sum(p.numel() for p in model.parameters()))
-    return Report(
-        model=getattr(model, "name_or_path", "") or type(model).__name__,
-        pipeline=flow.name,
-        algorithm=", ".join(type(m).__name__ for m in modifiers),
-        scheme=", ".join(dict.fromkeys(module.scheme for module in outcome.modules)),
-        subgraphs=outcome.subgraphs,
-        modules=outcome.modules,
-        seconds=seconds,
-        timings={"calibrate": seconds},
-        tokens=outcome.tokens,
-        samples=outcome.samples,
-        batches=outcome.batches,
-        passes=outcome.passes,
-        retraces=outcome.retraces,
-        peak_host_bytes=memory.peak_host_bytes(),
-        peak_device_bytes=memory.peak_device_bytes(),
-        seed=arguments.seed,
-        data=fingerprint.describe() if outcome.batches else {},
-        versions=versions(),
-        warnings=tuple(caught),
-        notes=() if note is None else (note,),
-        profile=parts,
-    )
-
-
-def _listed(modifiers: Modifier | Sequence[Modifier]) -> list[Modifier]:
-    several = isinstance(modifiers, Iterable) and not isinstance(modifiers, str)
-    listed: list[Any] = list(cast(Iterable[object], modifiers)) if several else [modifiers]
-    for each in listed:
-        if not isinstance(each, Modifier):
-            raise OptionError(
-                f"modifiers holds {each!r}, a {type(each).__name__}; "
-                "give modifiers, such as GPTQModifier(scheme='W4A16')"
-            )
-    return listed
-
-
-def _targets(targets: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    return None if targets is None else tuple(names_of(targets, "sequential target"))
-
-
-def _refuse_kind(model: object) -> None:
-    if model is not None and not isinstance(model, (str, Path, nn.Module)):
-        raise ModelError(f"model is {model!r}, a {type(model).__name__}; give a folder, a hub id or an nn.Module")
-
-
-def _refuse_data(data: object) -> None:
+def _refuse_data(data: object, streaming: bool) -> None:
     if isinstance(data, (str, Path)):
-        check_source(data)
+        check_source(data, streaming=streaming)
     elif data is not None and not isinstance(data, Iterable):
         raise DataError(
             f"data is {data!r}, a {type(data).__name__}; give a file, a dataset's id, or batches of tensors"
         )
-
-
-def _modifiers(
-    algorithm: str,
-    scheme: str,
-    group_size: int | None,
-    ignore: Sequence[str] | None,
-    given: Modifier | Sequence[Modifier] | None,
-) -> list[Modifier]:
-    if given is not None:
-        return _listed(given)
-    if not isinstance(algorithm, str):
-        raise OptionError(f"algorithm is {algorithm!r}; give one of {', '.join(ALGORITHMS)}")
-    if algorithm.lower() not in ALGORITHMS:
-        raise OptionError(f"unknown algorithm {algorithm!r}: {nearest(algorithm, ALGORITHMS)}")
-    return [ALGORITHMS[algorithm.lower()](scheme=scheme, group_size=group_size, ignore=ignore)]
-
-
-def _scheme_label(scheme: str, group_size: int | None) -> str:
-    return scheme.upper() if group_size is None else f"{scheme.upper()} group {group_size}"
 
 
 def _load(model: str | Path | nn.Module | None, processor: Any, dtype: str, trust_remote_code: bool) -> LoadedModel:
@@ -459,13 +303,14 @@ def _data(
             f"{loaded.name} has no tokenizer, so text cannot be used: pass processor=, or batches of tensors as data="
         )
     built = build(
-        load_texts(arguments.dataset, column=arguments.text_column),
+        load_texts(arguments.dataset, column=arguments.text_column, streaming=arguments.streaming, seed=arguments.seed),
         loaded.processor,
         samples=arguments.samples,
         seq_len=arguments.seq_len(getattr(loaded.model, "config", None)),
         seed=arguments.seed,
         pack=arguments.concatenate_data,
         at_most=arguments.num_calibration_samples is None,
+        completion_only=arguments.use_loss_mask,
     )
     longest = max(len(sample) for sample in built.samples)
     size = arguments.batch_size
@@ -501,42 +346,6 @@ class _Clock:
             yield
         finally:
             self.seconds[name] = time.perf_counter() - started
-
-
-class _Fingerprinted:
-    """A dataloader that remembers what identifies the batches that were taken from it."""
-
-    def __init__(self, dataloader: Iterable[Mapping[str, Any]] | None) -> None:
-        self._dataloader = dataloader
-        self._prints: list[str] = []
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        self._prints.clear()
-        for batch in self._dataloader or ():
-            if isinstance(batch, Mapping):
-                self._prints.append(fingerprint_batches([batch]))
-            yield batch
-
-    def describe(self) -> dict[str, object]:
-        """For the report."""
-        import hashlib
-
-        return {"source": "given batches", "fingerprint": hashlib.sha256("".join(self._prints).encode()).hexdigest()}
-
-
-@contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """Texts of the warnings raised inside, which are shown as well."""
-    texts: list[str] = []
-    show = warnings.showwarning
-
-    def collect(message: Warning | str, *rest: Any, **more: Any) -> None:
-        texts.append(str(message))
-        show(message, *rest, **more)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = collect
-        yield texts
 
 
 __all__ = ["ALGORITHMS", "calibrate", "plan", "quantize"]

@@ -20,8 +20,12 @@ class DatasetArguments:
 
     dataset: str | Path | None = None
     """A text, jsonl, json, csv or parquet file, a folder of those, or a `datasets` id; None: text that is shipped."""
-    text_column: str | None = None
-    """None: `text`."""
+    text_column: str | tuple[str, ...] | None = None
+    """One column or several, the last of which is the completion; None: text, else chats, else prompt and completion"""
+    streaming: bool = False
+    """Whether the rows of a `datasets` id are fetched as they are needed."""
+    use_loss_mask: bool = False
+    """Whether only completions count for statistics: what the assistant says, else what follows the prompt."""
     num_calibration_samples: int | None = None
     """None: as many as there are, up to 128."""
     max_seq_length: int | None = None

@@ -18,6 +18,9 @@ from fxcalib.tracing.structure import open_dataclasses
 TOKEN_KEYS = ("input_ids", "inputs_embeds", "encoder_outputs")
 """Keys of which transformers' text models need one, though their signatures call all of them optional."""
 
+LOSS_MASK = "loss_mask"
+"""Key of a mask (batch, sequence) that is not for the model: true where a token counts for statistics."""
+
 _TYPO = 0.8
 
 
@@ -36,10 +39,17 @@ def check_batch(model: nn.Module, batch: object, index: int) -> None:
         raise BatchError(f"batch {index} is an empty dict; check the data loader's collate function")
     for key, value in batch.items():
         _check_value(key, value, index)
-    _check_keys(model, batch, index)
+    _check_keys(model, without_loss_mask(batch), index)
+    if LOSS_MASK in batch:
+        _check_loss_mask(batch, index)
     for key in ("input_ids", "decoder_input_ids"):
         if isinstance(batch.get(key), torch.Tensor):
             _check_tokens(model, key, batch[key], index)
+
+
+def without_loss_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`batch` as the model is called with it."""
+    return {key: value for key, value in batch.items() if key != LOSS_MASK} if LOSS_MASK in batch else batch
 
 
 def fingerprint_batches(batches: Iterable[Mapping[str, Any]]) -> str:
@@ -73,6 +83,20 @@ def _check_value(key: str, value: object, index: int) -> None:
     scalar = value is None or isinstance(value, (bool, int, float, str))
     if not scalar and not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise BatchError(f"{key!r} of batch {index} is {_kind(value)}, no tensor; convert it with torch.tensor")
+
+
+def _check_loss_mask(batch: Mapping[str, Any], index: int) -> None:
+    mask, ids = batch[LOSS_MASK], batch.get("input_ids")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        found = f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is {_kind(mask)}"
+        raise BatchError(f"{LOSS_MASK!r} of batch {index} {found} where a tensor (batch, sequence) is expected")
+    if isinstance(ids, torch.Tensor) and ids.shape != mask.shape:
+        raise BatchError(
+            f"{LOSS_MASK!r} of batch {index} has shape {tuple(mask.shape)}, but 'input_ids' {tuple(ids.shape)}; "
+            "both must be (batch, sequence)"
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise BatchError(f"{LOSS_MASK!r} of batch {index} holds other values than 0 and 1; give a mask of tokens")
 
 
 def _check_keys(model: nn.Module, batch: Mapping[str, object], index: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
+from compressed_tensors.modeling import KV_CACHE_ATTR, QuantizedKVCache
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
+    QuantizationStrategy,
     QuantizationType,
 )
 from compressed_tensors.quantization.utils import is_module_quantized
@@ -31,12 +34,15 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fxcalib.errors import OutputError
-from fxcalib.experts import has_unquantized_experts, leave_experts
+from fxcalib.experts import GROUP, has_unquantized_experts, leave_experts
 from fxcalib.loading import PROCESSOR_FILES, progress_bars_disabled
 from fxcalib.report import Report
 
 REPORT_NAME = "fxcalib_report.json"
+RECIPE_NAME = "recipe.yaml"
 MAX_SHARD_SIZE = "4GB"
+QUANTIZABLE = (nn.Linear, nn.Embedding)
+"""Classes of modules that readers give the scheme of a target."""
 
 _COPIED_FILES = (*PROCESSOR_FILES, "generation_config.json", "LICENSE*")
 
@@ -92,13 +98,15 @@ def save(
     processor: Any = None,
     source: Path | None = None,
     report: Report | None = None,
+    recipe: str | None = None,
     overwrite: bool = False,
 ) -> SavedCheckpoint:
     """Write `model` with compressed weights to the folder `output`; the model itself is not changed.
 
     The folder holds safetensors shards, `config.json` with the quantization config, the generation config, the
     tokenizer or processor (the files of `source` where it has them, else what `processor` saves), the model's own code
-    if it has some, and the report. It appears under its name when all of it is on the disk, and not at all on failure.
+    if it has some, the report, and the recipe, which is given as text. It appears under its name when all of it is on
+    the disk, and not at all on failure.
 
     Raises OutputError for a folder that is in use or cannot be written.
     """
@@ -110,6 +118,8 @@ def save(
             _write(model, staging, processor, source)
             if report is not None:
                 _write_json(staging / REPORT_NAME, report.to_dict())
+            if recipe is not None:
+                (staging / RECIPE_NAME).write_text(recipe, encoding="utf-8")
             files = [file for file in staging.rglob("*") if file.is_file()]
             mode = (staging / "config.json").stat().st_mode
             for file in files:
@@ -155,15 +165,17 @@ def quantization_config(model: nn.Module) -> QuantizationConfig | None:
     Where the targets of the schemes do not tell the modules apart, they are replaced by the modules' names.
     """
     for module in model.modules():
-        if is_module_quantized(module):
+        if is_module_quantized(module) and not _caches(module):
             _scheme(module).format = _format(module)
     compressor = ModelCompressor.from_pretrained_model(model)
     config: QuantizationConfig | None = copy.deepcopy(compressor.quantization_config)
     if config is None:
         return None
+    _move_cache_scheme(model, config)
     config.quantization_status = QuantizationStatus.COMPRESSED
     # Names are matched against the module tree when transformers loads, and against checkpoint names elsewhere.
-    ignored = {name for name, module in model.named_modules() if name and not is_module_quantized(module)}
+    quantizable = {name for name, module in model.named_modules() if name and isinstance(module, QUANTIZABLE)}
+    ignored = {name for name in quantizable if not is_module_quantized(model.get_submodule(name))}
     targeted = {name for name, _ in match_named_modules(model, _targets(config), config.ignore)}
     config.ignore = sorted({*(config.ignore or ()), *(targeted & ignored)})
     if not _reproduces(model, config):
@@ -188,8 +200,7 @@ def _write(model: nn.Module, folder: Path, processor: Any, source: Path | None) 
     if config is not None:
         transforms = getattr(model, "transform_config", None)
         ModelCompressor(quantization_config=config, transform_config=transforms).update_config(str(folder))
-        if any(_packs_zero_points(module) for module in model.modules() if is_module_quantized(module)):
-            _dequantize_on_load(folder / "config.json")
+        _help_transformers(model, config, folder / "config.json")
     if isinstance(model, PreTrainedModel) and _is_tie_broken(model):
         _untie(folder / "config.json")
     copied = _copy_from(source, folder) if source is not None else False
@@ -228,12 +239,12 @@ def _reproduces(model: nn.Module, config: QuantizationConfig) -> bool:
     matched = {
         name: config.config_groups[targets[match_targets(name, module, targets)[0]]]
         for name, module in match_named_modules(model, targets, config.ignore)
-        if isinstance(module, (nn.Linear, nn.Embedding))
+        if isinstance(module, QUANTIZABLE)
     }
     wanted = {
         name: _scheme(module)
         for name, module in model.named_modules()
-        if is_module_quantized(module) and isinstance(module, (nn.Linear, nn.Embedding))
+        if is_module_quantized(module) and isinstance(module, QUANTIZABLE)
     }
     return matched == wanted
 
@@ -272,13 +283,57 @@ def _is_tie_broken(model: PreTrainedModel) -> bool:
     return any(end is not None and is_module_quantized(end) for end in ends)
 
 
+def _caches(module: nn.Module) -> bool:
+    """Whether `module` is attention whose cache is quantized, not itself."""
+    return is_module_quantized(module) and isinstance(getattr(module, KV_CACHE_ATTR, None), QuantizedKVCache)
+
+
+def _move_cache_scheme(model: nn.Module, config: QuantizationConfig) -> None:
+    # compressed-tensors 0.20 does not know the attention of transformers 5.24 and takes it for a group of modules
+    cached = [_scheme(module) for module in model.modules() if _caches(module)]
+    if cached:
+        config.kv_cache_scheme = cached[0].input_activations
+        groups = [scheme for scheme in config.config_groups.values() if scheme not in cached]
+        config.config_groups = {f"group_{index}": scheme for index, scheme in enumerate(groups)}
+
+
+def _help_transformers(model: nn.Module, config: QuantizationConfig, config_path: Path) -> None:
+    """Let transformers dequantize while it loads where it cannot else, and warn of what it cannot load even so.
+
+    transformers 5.24 makes room for packed zero points as if they were not packed, and refuses them; all versions
+    initialize the `weight` of embeddings, which packed ones have none of.
+    """
+    quantized = {name: module for name, module in model.named_modules() if is_module_quantized(module)}
+    packed = {n: m for n, m in quantized.items() if not _caches(m) and "pack" in _format(m).value}
+    embeddings = [name for name, module in packed.items() if isinstance(module, nn.Embedding)]
+    refused = [*embeddings, *(name for name, module in packed.items() if _packs_zero_points(module))]
+    alone = _is_weights_alone(config)
+    if refused and alone:
+        _dequantize_on_load(config_path)
+    if embeddings or (refused and not alone):
+        which = "before 5.24 does not load" if alone else "5.24 loads only where one scheme of weights is all there is"
+        warnings.warn(
+            f"{refused[0]!r} is stored packed, which transformers {which}; vLLM does. "
+            "With format='int-quantized' in the scheme, every version of transformers loads it",
+            stacklevel=4,
+        )
+
+
 def _packs_zero_points(module: nn.Module) -> bool:
     weights = _scheme(module).weights
-    return _format(module) == CompressionFormat.pack_quantized and weights is not None and not weights.symmetric
+    each = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+    packs = _format(module) == CompressionFormat.pack_quantized
+    return packs and weights is not None and not weights.symmetric and weights.strategy in each
+
+
+def _is_weights_alone(config: QuantizationConfig) -> bool:
+    """Whether dequantizing weights is all there is to do: transformers does so by one scheme, and forgets the rest."""
+    schemes = [scheme for name, scheme in config.config_groups.items() if name != GROUP]
+    activations = [scheme.input_activations or scheme.output_activations for scheme in schemes]
+    return len(schemes) == 1 and not any(activations) and config.kv_cache_scheme is None
 
 
 def _dequantize_on_load(config_path: Path) -> None:
-    # transformers 5.24 allocates zero points unpacked where it keeps weights compressed, and so refuses packed ones;
     # it would dequantize in the first forward anyhow, and other readers do not know the key
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["quantization_config"]["dequantize"] = True

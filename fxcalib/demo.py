@@ -1,4 +1,4 @@
-"""The job without a model of one's own: the shipped model, quantized twice, to see what calibration is worth."""
+"""The job without a model of one's own: the shipped model, compressed twice, to see what calibration is worth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from fxcalib.progress import Progress
 from fxcalib.report import Report, format_bytes, format_seconds
 
 NAME = "fxcalib-embedded"
-BASELINE = "rtn"
+BASELINES = {"gptq": "rtn", "awq": "rtn", "sparsegpt": "magnitude", "wanda": "magnitude"}
+"""What needs no data and does the same kind of thing."""
+NAMES = {"rtn": "round to nearest", "magnitude": "magnitude pruning"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The original, its rounding to nearest, and what the chosen algorithm made of it."""
+    """The original, what the baseline made of it, and what the chosen algorithm made of it."""
 
     rows: tuple[Row, ...]
     report: Report
@@ -56,11 +58,17 @@ class Comparison:
 
 
 def compare(
-    *, output: str | Path, algorithm: str = "gptq", progress: Progress | None = None, **options: Any
+    *,
+    output: str | Path,
+    algorithm: str = "gptq",
+    recipe: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> Comparison:
-    """Quantize the shipped model by rounding to nearest and by `algorithm`, with the same `options` of `quantize`.
+    """Compress the shipped model by `algorithm` or `recipe`, and by what an algorithm is measured against.
 
-    Only the checkpoint of `algorithm` is kept, in the folder `output`. Raises what `quantize` raises.
+    All `options` of `quantize` are the same for both, but for SmoothQuant, which is part of the algorithm. Only the
+    checkpoint of `algorithm` is kept, in the folder `output`. Raises what `quantize` raises.
     """
     from fxcalib import embedded
     from fxcalib.api import quantize
@@ -70,13 +78,15 @@ def compare(
     source = Path(embedded.MODEL_DIR)
     settings: dict[str, Any] = {**options, "evaluate": True, "progress": progress}
     rows: list[Row] = []
-    if algorithm != BASELINE:
+    baseline = None if recipe is not None else BASELINES.get(algorithm.lower())
+    if baseline is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / BASELINE
-            baseline = quantize(source, **{**settings, "algorithm": BASELINE, "output": folder})
-            rows.append(_row("round to nearest", baseline, folder))
-    report = quantize(source, **{**settings, "algorithm": algorithm, "output": output})
-    rows.append(_row("round to nearest" if algorithm == BASELINE else algorithm.upper(), report, Path(output)))
+            folder = Path(scratch) / baseline
+            plain = {**settings, "smoothquant": None, "algorithm": baseline, "output": folder}
+            rows.append(_row(NAMES[baseline], quantize(source, **plain), folder))
+    report = quantize(source, **{**settings, "algorithm": algorithm, "recipe": recipe, "output": output})
+    name = NAMES.get(algorithm.lower(), algorithm.upper()) if recipe is None else Path(recipe).name
+    rows.append(_row(name, report, Path(output)))
     assert report.perplexity_before is not None
     original = Row("original", report.perplexity_before, _weight_bytes(source), None)
     return Comparison(rows=(original, *rows), report=report)

@@ -2,6 +2,7 @@
 
 FxcalibError
 ├── OptionError          an option, scheme, algorithm or pipeline that does not exist or cannot work (also ValueError)
+│   └── RecipeError      a recipe that cannot be read, with its file, line and key
 ├── TargetError          a target or ignore pattern that matches nothing (also ValueError)
 ├── ModelError           a model that cannot be found, loaded or compressed
 │   ├── AlreadyQuantizedError
@@ -30,6 +31,10 @@ class FxcalibError(Exception):
 
 class OptionError(FxcalibError, ValueError):
     """An option, scheme, algorithm or pipeline that does not exist or cannot work."""
+
+
+class RecipeError(OptionError):
+    """A recipe that cannot be read; the message begins with its file, line and key."""
 
 
 class TargetError(FxcalibError, ValueError):

@@ -15,11 +15,12 @@ import torch
 from fxcalib.finiteness import FiniteChecks
 from fxcalib.intermediates import Intermediates
 from fxcalib.modifiers.base import CurrentBatch, Modifier, ModuleResult, Scope
-from fxcalib.planning import Plan, Step
+from fxcalib.planning import Originals, Plan, Step
 from fxcalib.profiling import span
 from fxcalib.programs import Bound, Program
 from fxcalib.progress import Progress
 from fxcalib.report import SubgraphReport
+from fxcalib.tracing.preserve import saved_tensors
 from fxcalib.weights import Residency
 
 
@@ -30,7 +31,7 @@ class BatchFacts:
     variant: int
     signature: tuple[Any, ...]
     token_mask: torch.Tensor | None
-    """(batch, sequence) bool, true where a token is real; None where nothing is padded."""
+    """(batch, sequence) bool, true where a token is real and, with a `loss_mask`, in it; None where all tokens are."""
     samples: int
     tokens: int
 
@@ -38,8 +39,10 @@ class BatchFacts:
 class Batches:
     """The calibration batches, checked, bound to the program and stored."""
 
-    def __init__(self, program: Program, store: Intermediates) -> None:
+    def __init__(self, program: Program, store: Intermediates, originals: Intermediates | None = None) -> None:
         self._program, self.store = program, store
+        self.originals = originals
+        """The values that the original model has of each batch; None where nobody asks for them."""
         self.facts: list[BatchFacts] = []
         self._first: Bound | None = None
         self.shared: dict[int, frozenset[str]] = {}
@@ -59,7 +62,10 @@ class Batches:
                     parts = self._program.parts(bound.variant)
                     self.shared[bound.variant] = frozenset(name for part in parts for name in part.changes)
                 self.store.append(bound.values, shared=self.shared[bound.variant])
-                self.facts.append(_facts(batch, bound))
+                if self.originals is not None:
+                    own = self._program.once_more(bound, batch)
+                    self.originals.append(own, shared=self.shared[bound.variant])
+                self.facts.append(_facts(each, bound))
 
     def bytes_of(self, names: Collection[str]) -> int:
         """Bytes of the values `names` of all batches, if all are like the first; 0 where that is not known."""
@@ -181,6 +187,8 @@ class _Run:
                 part = self._program.parts(fact.variant)[step.subgraph]
                 current.index = i
                 current.token_mask = None if fact.token_mask is None else fact.token_mask.to(self._device)
+                if own.originals is not None:
+                    self._pass_original(i, own, own.originals)
                 with span("copies"):
                     values = store.load(i, own.reads, private=part.changes if again else ())
                     if i + 1 < len(facts):
@@ -198,15 +206,39 @@ class _Run:
             checks.finish()
         current.index, current.token_mask = -1, None
 
+    def _pass_original(self, i: int, step: Step, originals: Originals) -> None:
+        """Run a batch with the values that the original model has of it."""
+        store, fact = self._batches.originals, self._batches.facts[i]
+        assert store is not None
+        with span("copies"):
+            values = store.load(i, step.reads)
+        self._current.original = True
+        with span("forward"), saved_tensors() as saved:
+            saved.save(self._program.buffers(step.subgraph))  # what the model counts is counted once a batch
+            outputs = self._program.run(fact.variant, step.subgraph, values, fact.signature, originals.writes)
+        self._current.original = False
+        with span("copies"):
+            store.store(i, {n: outputs[n] for n in originals.writes}, shared=self._batches.shared[fact.variant])
+            store.free(i, originals.frees)
+        store.pace()
 
-def _facts(batch: Mapping[str, Any], bound: Bound) -> BatchFacts:
+
+def _facts(batch: object, bound: Bound) -> BatchFacts:
+    """Of a batch as the caller made it: its `loss_mask` never reaches the model."""
+    assert isinstance(batch, Mapping)
     tensors = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
     samples = int(tensors[0].shape[0]) if tensors else 0
-    mask = batch.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        real = mask.bool()
-        padded = not bool(real.all())
-        return BatchFacts(bound.variant, bound.signature, real if padded else None, samples, int(real.sum()))
+    real, chosen = _token_mask(batch, "attention_mask"), _token_mask(batch, "loss_mask")
     ids = batch.get("input_ids")
     tokens = ids.numel() if isinstance(ids, torch.Tensor) else samples
-    return BatchFacts(bound.variant, bound.signature, None, samples, tokens)
+    if real is not None:
+        tokens = int(real.sum())
+        chosen = real if chosen is None else real & chosen.to(real.device)
+    everything = chosen is None or bool(chosen.all())
+    return BatchFacts(bound.variant, bound.signature, None if everything else chosen, samples, tokens)
+
+
+def _token_mask(batch: Mapping[str, Any], key: str) -> torch.Tensor | None:
+    """(batch, sequence) bool; None where the batch has no such mask."""
+    mask = batch.get(key)
+    return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None

@@ -145,6 +145,12 @@ def refuse_quantized(model: nn.Module) -> None:
             )
 
 
+def refuse_kind(model: object) -> None:
+    """Raise ModelError for what is neither None, nor a folder or hub id, nor a module."""
+    if model is not None and not isinstance(model, (str, Path, nn.Module)):
+        raise ModelError(f"model is {model!r}, a {type(model).__name__}; give a folder, a hub id or an nn.Module")
+
+
 def refuse_meta(model: nn.Module) -> None:
     """Raise ModelError where a parameter or buffer of `model` has no values, as it lies on the meta device."""
     for name, tensor in model.state_dict(keep_vars=True).items():

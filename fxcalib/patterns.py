@@ -33,6 +33,11 @@ def names_of(given: object, what: str) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
+def targets_of(given: object) -> tuple[str, ...] | None:
+    """Sequential targets that a user gives, as a tuple; None where the model is to decide. Raises as `names_of`."""
+    return None if given is None else tuple(names_of(given, "sequential target"))
+
+
 def _compile(pattern: str, what: str) -> None:
     try:
         re.compile(pattern.removeprefix(PREFIX))

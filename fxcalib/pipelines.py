@@ -14,9 +14,9 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fxcalib.arguments import DatasetArguments
-from fxcalib.batch_checks import check_batch
+from fxcalib.batch_checks import check_batch, without_loss_mask
 from fxcalib.caches import without_cache
 from fxcalib.chains import ChainProgram
 from fxcalib.errors import DataError, OptionError, nearest
@@ -41,7 +41,6 @@ from fxcalib.report import SubgraphReport
 from fxcalib.suspended import SuspendedProgram
 from fxcalib.tracing import TraceError, default_targets, resolve_targets, trace
 from fxcalib.tracing.preserve import unchanged
-from fxcalib.tracing.second_run import KEPT_STATE
 from fxcalib.weights import all_on
 
 Dataloader = Iterable[Mapping[str, Any]]
@@ -159,7 +158,14 @@ class CalibrationPipeline(ABC):
         device = arguments.compute_device()
         torch.manual_seed(arguments.seed)
         with _calibrating(model), _attached(self.modifiers, model):
-            return self._run(model, dataloader, arguments, device, progress)
+            surveys = [modifier.survey for modifier in self.modifiers if modifier.survey is not None]
+            if not surveys:
+                return self._run(model, dataloader, arguments, device, progress)
+            kept = None if dataloader is None else list(dataloader)
+            with _attached(surveys, model):
+                seen = type(self)(surveys, inferred=self.inferred)._run(model, kept, arguments, device, progress)
+            done = self._run(model, kept, arguments, device, progress)
+            return replace(done, plans=(*seen.plans, *done.plans))
 
     def _run(
         self,
@@ -169,21 +175,26 @@ class CalibrationPipeline(ABC):
         device: torch.device,
         progress: Progress,
     ) -> Outcome:
-        needs = [modifier.needs for modifier in self.modifiers]
-        store = Intermediates.for_offload(arguments.sequential_offload_device, device)
-        if any(need.observed for need in needs):
+        offload = arguments.sequential_offload_device
+        prepare = partial(_prepared, model)
+        given: Iterable[object] = ()
+        if any(modifier.needs_data for modifier in self.modifiers):
             first, rest = _first_of(dataloader)
-            prepare = partial(_prepared, model)
-            checked = prepare(first, 0)
+            given, checked = chain([first], rest), prepare(first, 0)
             progress.phase("trace")
             with span("trace"):
+                for modifier in self.modifiers:
+                    modifier.prepare(model, checked, device)
                 program = self.program(model, checked, arguments)
-            taken = Batches(program, store)
-            with span("data"):
-                taken.add(chain([first], rest), prepare)
         else:
             program = WholeProgram(model)
-            taken = Batches(program, store)
+        needs = [modifier.needs for modifier in self.modifiers]
+        store = Intermediates.for_offload(offload, device)
+        both = arguments.propagate_error and any(need.originals for need in needs)
+        originals = Intermediates.for_offload(offload, device) if both else None
+        taken = Batches(program, store, originals)
+        with span("data"):
+            taken.add(given, prepare)
         plans = {
             variant: make_plan(
                 program.parts(variant),
@@ -194,7 +205,10 @@ class CalibrationPipeline(ABC):
             )
             for variant in sorted(taken.variants | {0})
         }
-        store.expect(taken.bytes_of(next((step.writes for step in plans[0].steps if step.writes), ())))
+        carried = taken.bytes_of(next((step.writes for step in plans[0].steps if step.writes), ()))
+        for each in (store, originals):
+            if each is not None:
+                each.expect(carried)
         progress.phase("calibrate")
         done = execute(plans, program, taken, self.modifiers, device=device, progress=progress)
         return Outcome(
@@ -224,8 +238,7 @@ class SequentialPipeline(CalibrationPipeline):
         except TraceError as error:
             with torch.no_grad(), unchanged(model):
                 model(**copy.deepcopy(dict(batch)))  # an error of the model itself is clearer than one of its trace
-            # suspended forwards of several batches would share such state, and be wrong without an error
-            if not self.inferred or error.kind == KEPT_STATE:
+            if not self.inferred:
                 raise
             warnings.warn(
                 "the model cannot be traced, so its own forwards are suspended at each layer instead (the "
@@ -347,11 +360,20 @@ def _first_of(dataloader: Dataloader | None) -> tuple[Mapping[str, Any], Iterato
         raise DataError("the dataloader yields no batch; pass at least one") from None
 
 
+def _hidden_bytes(model: nn.Module, batch: Mapping[str, Any], dataloader: object) -> int:
+    """Bytes of one hidden state of every token; 0 where batches cannot be counted, or hold no token ids."""
+    ids, embeddings = batch.get("input_ids"), getattr(model, "get_input_embeddings", None)
+    embedding = embeddings() if callable(embeddings) else None
+    if not isinstance(ids, torch.Tensor) or not isinstance(embedding, nn.Embedding) or not isinstance(dataloader, Sized):
+        return 0
+    return len(dataloader) * ids.numel() * embedding.embedding_dim * embedding.weight.element_size()
+
+
 def _prepared(model: nn.Module, batch: object, index: int) -> Mapping[str, Any]:
     """`batch` as `model` is called with it. It is checked as the caller made it, so that messages name no other key."""
     check_batch(model, batch, index)
     assert isinstance(batch, Mapping)
-    return without_cache(model, batch)
+    return without_cache(model, without_loss_mask(batch))
 
 
 @contextmanager

@@ -22,6 +22,16 @@ Kind = Literal["load", "calibrate", "commit", "propagate", "unload"]
 
 
 @dataclass(frozen=True)
+class Originals:
+    """What a pass does with the values of the original model, which go through the subgraph before the others."""
+
+    observed: bool
+    """Whether a modifier looks at them."""
+    writes: tuple[str, ...] = ()
+    frees: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of a plan, on one subgraph."""
 
@@ -36,6 +46,8 @@ class Step:
     """Values that later steps read; a calibration writes only where no second pass follows."""
     frees: tuple[str, ...] = ()
     """Values that no later step reads."""
+    originals: Originals | None = None
+    """Each batch first passes through with the values of the original model, before anything is committed."""
 
     @property
     def sweeps(self) -> bool:
@@ -51,6 +63,11 @@ class Step:
         for name, values in (("reads", self.reads), ("writes", self.writes), ("frees", self.frees)):
             if values:
                 parts.append(f"{name} {', '.join(values)}")
+        if self.originals is not None:
+            parts.append(f"originals first{', observed' if self.originals.observed else ''}")
+            for name, values in (("writes", self.originals.writes), ("frees", self.originals.frees)):
+                if values:
+                    parts.append(f"{name} {', '.join(values)}")
         return "  ".join(parts)
 
 
@@ -96,8 +113,13 @@ class Plan:
             PlanError: a step reads a value that is not there, or commits what was not calibrated before; the message is
                 the whole plan with the wrong step marked.
         """
-        there = set(self.inputs)
+        there, originals = set(self.inputs), set(self.inputs)
         for index, step in enumerate(self.steps):
+            if step.originals is not None:
+                lost = [name for name in (*step.reads, *step.originals.frees) if name not in originals]
+                if lost:
+                    raise PlanError(f"step {index} lacks the original {', '.join(lost)}\n{self._text(index)}")
+                originals = (originals | set(step.originals.writes)) - set(step.originals.frees)
             missing = [name for name in step.reads if name not in there]
             if missing:
                 raise PlanError(f"step {index} reads {', '.join(missing)}, never written or freed\n{self._text(index)}")
@@ -115,7 +137,8 @@ def naive_plan(
     """Calibrate k, commit k, propagate k, for each subgraph k; without `propagate_error`, propagate before commit.
 
     Modifiers that touch different modules of a subgraph share its passes; one that touches what an earlier one has
-    changed gets a calibration of its own behind that commit.
+    changed gets a calibration of its own behind that commit. Where one observes the values of the original model as
+    well, these pass through each subgraph in the calibration that it observes, else in the first pass.
 
     Raises:
         PlanError: a module that a modifier is to observe or compress lies in no subgraph.
@@ -127,6 +150,7 @@ def naive_plan(
     for part in parts:
         propagate = Step("propagate", part.index, reads=part.reads, writes=part.writes)
         steps.append(Step("load", part.index))
+        begin = len(steps)
         if not propagate_error:
             steps.append(propagate)
         for group in _groups(part, needs):
@@ -136,8 +160,18 @@ def naive_plan(
             steps.append(Step("commit", part.index, group, committed))
         if propagate_error:
             steps.append(propagate)
+            if any(need.originals for need in needs):
+                _pass_originals(steps, begin, part, needs)
         steps.append(Step("unload", part.index))
     return Plan(tuple(steps), len(parts), tuple(inputs))
+
+
+def _pass_originals(steps: list[Step], begin: int, part: Part, needs: Sequence[Needs]) -> None:
+    """Have the original values pass through with one of the passes from position `begin` on."""
+    sweeps = [i for i in range(begin, len(steps)) if steps[i].sweeps]
+    observing = [i for i in sweeps if any(needs[m].originals & part.modules for m in steps[i].modifiers)]
+    chosen = (observing or sweeps)[0]
+    steps[chosen] = replace(steps[chosen], originals=Originals(bool(observing), part.writes))
 
 
 def _groups(part: Part, needs: Sequence[Needs]) -> list[tuple[int, ...]]:
@@ -170,7 +204,8 @@ def prune(plan: Plan) -> Plan:
         kinds = {step.kind, before.kind if before is not None else ""}
         if before is not None and before.subgraph == step.subgraph and kinds == {"calibrate", "propagate"}:
             calibrate, propagate = (step, before) if step.kind == "calibrate" else (before, step)
-            merged[-1] = replace(calibrate, writes=propagate.writes)
+            originals = calibrate.originals or propagate.originals
+            merged[-1] = replace(calibrate, writes=propagate.writes, originals=originals)
         else:
             merged.append(step)
     return replace(plan, steps=tuple(_without_dead(merged)))
@@ -178,13 +213,20 @@ def prune(plan: Plan) -> Plan:
 
 def _without_dead(steps: Sequence[Step]) -> list[Step]:
     wanted: set[str] = set()
+    wanted_originals: set[str] = set()
     kept: list[Step] = []
     for step in reversed(steps):
         if step.sweeps:
-            step = replace(step, writes=tuple(name for name in step.writes if name in wanted))
-            if step.kind == "propagate" and not step.writes:
+            originals = step.originals
+            if originals is not None:
+                writes = tuple(name for name in originals.writes if name in wanted_originals)
+                originals = replace(originals, writes=writes) if originals.observed or writes else None
+            writes = tuple(name for name in step.writes if name in wanted)
+            step = replace(step, writes=writes, originals=originals)
+            if step.kind == "propagate" and not step.writes and originals is None:
                 continue
             wanted |= set(step.reads)
+            wanted_originals |= set() if originals is None else set(step.reads)
         kept.append(step)
     kept.reverse()
     busy = {step.subgraph for step in kept if step.kind not in ("load", "unload")}
@@ -193,19 +235,26 @@ def _without_dead(steps: Sequence[Step]) -> list[Step]:
 
 def free(plan: Plan) -> Plan:
     """Free every value with the last step that reads it, and what nothing reads with the first pass."""
-    last: dict[str, int] = {}
-    for index, step in enumerate(plan.steps):
-        last.update(dict.fromkeys(step.reads, index))
-    first = next((i for i, s in enumerate(plan.steps) if s.sweeps), None)
-    if first is None:
-        return plan
-    for name in plan.inputs:
-        last.setdefault(name, first)
-    frees: dict[int, list[str]] = {}
-    for name, index in last.items():
-        frees.setdefault(index, []).append(name)
-    steps = (replace(step, frees=tuple(frees.get(i, ()))) for i, step in enumerate(plan.steps))
+    frees = _last_readers(plan, [i for i, step in enumerate(plan.steps) if step.sweeps])
+    originals = _last_readers(plan, [i for i, step in enumerate(plan.steps) if step.originals is not None])
+    steps = []
+    for i, step in enumerate(plan.steps):
+        own = step.originals and replace(step.originals, frees=originals.get(i, ()))
+        steps.append(replace(step, frees=frees.get(i, ()), originals=own))
     return replace(plan, steps=tuple(steps))
+
+
+def _last_readers(plan: Plan, passes: Sequence[int]) -> dict[int, tuple[str, ...]]:
+    """Of these positions of steps, which reads which values last; inputs that none reads count for the first."""
+    if not passes:
+        return {}
+    last = {name: index for index in passes for name in plan.steps[index].reads}
+    for name in plan.inputs:
+        last.setdefault(name, passes[0])
+    found: dict[int, tuple[str, ...]] = {}
+    for name, index in last.items():
+        found[index] = (*found.get(index, ()), name)
+    return found
 
 
 def place(plan: Plan, *, resident: bool) -> Plan:

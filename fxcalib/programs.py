@@ -31,9 +31,10 @@ class Bound:
     signature: tuple[Any, ...]
 
 
-def _out_of_step(buffer: str) -> ModelError:
+def out_of_step(what: str) -> ModelError:
+    """The error of a model that ties batches together by something that it changes."""
     return ModelError(
-        f"the model changes its buffer {buffer} in place, and other layers use that as well: layer after layer, they "
+        f"the model changes {what}, and other layers use that as well: layer after layer, they "
         "would find what the last batch has left in it instead of their own. Use pipeline='basic', which runs batch "
         "after batch"
     )
@@ -52,6 +53,10 @@ class Program(ABC):
     @abstractmethod
     def bind(self, batch: Mapping[str, Any]) -> Bound:
         """Accept a batch: find (or make) the variant whose guards it satisfies."""
+
+    def once_more(self, bound: Bound, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of a bound batch, to be run independently of those that it was bound to."""
+        return bound.values
 
     @abstractmethod
     def parts(self, variant: int) -> Sequence[Part]:
@@ -105,7 +110,7 @@ class Program(ABC):
             yield
             changed = [path for path, buffer, version in shared if buffer._version != version]
             if changed:
-                raise _out_of_step(changed[0])
+                raise out_of_step(f"its buffer {changed[0]} in place")
 
     @cached_property
     def _shared(self) -> Mapping[int, str]:
@@ -176,7 +181,7 @@ class TracedProgram(Program):
 
     def _make_parts(self, partition: Partition) -> list[Part]:
         if partition.shared_state:
-            raise _out_of_step(partition.shared_state[0])
+            raise out_of_step(f"its buffer {partition.shared_state[0]} in place")
         names = {id(module): name for name, module in reversed(list(self.model.named_modules()))}
         claimed: set[str] = set()
         parts = []

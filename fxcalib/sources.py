@@ -1,4 +1,7 @@
-"""Where texts come from: a file, a folder of files, a dataset of the Hugging Face hub, or what the package ships."""
+"""Where documents come from: a file, a folder of files, a dataset of the Hugging Face hub, or what the package ships.
+
+A document is plain text, a chat, or a prompt with its completion; the columns of a table say which.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fxcalib.errors import DataError, nearest
+from fxcalib.chat import Chat, Completion, Document, characters, is_empty, messages_of
+from fxcalib.errors import DataError, OptionError, nearest
 
 BUILTIN = "builtin"
-DEFAULT_COLUMN = "text"
+DEFAULT_COLUMNS = (("text",), ("messages",), ("conversations",), ("prompt", "completion"))
+"""The first of these that a table has is read where no column was named."""
 ENCODING = "utf-8-sig"
 """UTF-8, with or without the byte order mark that some editors put first."""
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
@@ -22,23 +27,42 @@ FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:]+))??(:(?P<split>[^:\[]+(\[[^\]]*\])?))?")
 
 
+SHUFFLE_ROWS = 1000
+"""Rows of a stream that are held, and drawn from, to shuffle it."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Documents that are fetched when they are asked for, in an order that a seed has chosen; the same each time."""
+
+    open: Callable[[], Iterator[Document]]
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.open()
+
+
 @dataclass(frozen=True)
 class Texts:
     """Documents and where they are from."""
 
-    documents: tuple[str, ...]
+    documents: Sequence[Document] | Stream
     source: str
     """Readable name: the name of a file or folder, a dataset id, or `builtin text (calibration)`."""
 
     def __str__(self) -> str:
-        return f"{len(self.documents)} documents, {sum(map(len, self.documents)):,} characters, from {self.source}"
+        if isinstance(self.documents, Stream):
+            return f"documents streamed from {self.source}"
+        length = sum(map(characters, self.documents))
+        return f"{len(self.documents)} documents, {length:,} characters, from {self.source}"
 
 
 def load_texts(
     source: str | Path | None = None,
     *,
-    column: str | None = None,
+    column: str | Sequence[str] | None = None,
     builtin: Literal["calibration", "heldout"] = "calibration",
+    streaming: bool = False,
+    seed: int = 0,
 ) -> Texts:
     """The documents of `source`, in its order:
 
@@ -46,38 +70,61 @@ def load_texts(
     - a `.txt` file: one document; `.jsonl`, `.json` (a list), `.csv` and `.parquet` files: one document per row
     - a folder: all such files in it, by name, subfolders included
     - `id`, `id:split` or `id:config:split` of a `datasets` dataset, as in `wikitext:wikitext-2-raw-v1:train[:500]`;
-      without a split, `train` or the only one
+      without a split, `train` or the only one. With `streaming` its rows are fetched as they are needed, shuffled by
+      `seed`, instead of all of it first.
 
-    `column` names the column of tables that holds the text, `text` by default. Rows without a value are left out.
+    `column` names the column of tables that is read, or several, also separated by commas, that are joined: the last
+    of them is the completion. A column of text gives text, one of lists of messages (`role` and `content`, or `from`
+    and `value`) gives chats. By default the first of `text`, `messages`, `conversations`, or `prompt` and `completion`.
+    Rows without a value are left out.
 
     Raises DataError for a source that cannot be found or read, a file type or column that does not exist, a row that
-    holds no text, and for no documents at all.
+    holds something else, and for no documents at all; OptionError for a stream of what is no dataset of the hub.
     """
-    column = DEFAULT_COLUMN if column is None else column
+    columns = columns_of(column)
+    match = check_source(BUILTIN if source is None else source, streaming=streaming)
     if source is None or str(source) == BUILTIN:
         from fxcalib.embedded.text import documentation
 
         return Texts(tuple(documentation(builtin)), f"builtin text ({builtin})")
     path = Path(source).expanduser()
-    match = check_source(source)
     if match is not None:
-        documents, name = _hub(match["name"], match["config"], match["split"], column), str(source)
+        if streaming:
+            return Texts(_streamed(match["name"], match["config"], match["split"], columns, seed), str(source))
+        documents, name = _hub(match["name"], match["config"], match["split"], columns), str(source)
     elif path.is_dir():
-        documents, name = _folder(path, column), path.resolve().name
+        documents, name = _folder(path, columns), path.resolve().name
     else:
-        documents, name = _file(path, column), path.name
-    if not any(document.strip() for document in documents):
+        documents, name = _file(path, columns), path.name
+    if all(map(is_empty, documents)):
         raise DataError(f"data {name!r} is empty: no row of it holds text; choose another source or column")
     return Texts(documents, name)
 
 
-def check_source(source: str | Path) -> re.Match[str] | None:
+def columns_of(column: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names of columns, given one by one or separated by commas; None where the table is to decide.
+
+    Raises OptionError for no name at all.
+    """
+    if column is None:
+        return None
+    names = column.split(",") if isinstance(column, str) else column
+    columns = tuple(name.strip() for name in names if isinstance(name, str) and name.strip())
+    if not columns or len(columns) != len(names):
+        raise OptionError(f"text_column is {column!r}; give a column's name, or several separated by commas")
+    return columns
+
+
+def check_source(source: str | Path, *, streaming: bool = False) -> re.Match[str] | None:
     """The parts `name`, `config` and `split` of a dataset's id; None for what is here. Nothing is read or fetched.
 
-    Raises DataError for a file that does not exist: every `Path`, and a name that ends as a data file's or is no id.
+    Raises DataError for a file that does not exist: every `Path`, and a name that ends as a data file's or is no id;
+    OptionError for a stream of what is here.
     """
     path = Path(source).expanduser()
     if str(source) == BUILTIN or path.exists():
+        if streaming:
+            raise OptionError(f"data {str(source)!r} is here already; only datasets of the hub can be streamed")
         return None
     match = None if isinstance(source, Path) or _kind(path) in FILE_TYPES else _HUB_ID.fullmatch(source)
     if match is None:
@@ -85,13 +132,13 @@ def check_source(source: str | Path) -> re.Match[str] | None:
     return match
 
 
-def _folder(folder: Path, column: str) -> tuple[str, ...]:
+def _folder(folder: Path, columns: tuple[str, ...] | None) -> tuple[Document, ...]:
     files = sorted(file for file in folder.rglob("*") if _kind(file) in FILE_TYPES and file.is_file())
     if not files:
         raise DataError(
             f"data folder {str(folder)!r} holds no file of the types {', '.join(FILE_TYPES)}; give another folder"
         )
-    return tuple(document for file in files for document in _file(file, column))
+    return tuple(document for file in files for document in _file(file, columns))
 
 
 def _kind(path: Path) -> str:
@@ -99,7 +146,7 @@ def _kind(path: Path) -> str:
     return path.suffix.lower()
 
 
-def _file(path: Path, column: str) -> tuple[str, ...]:
+def _file(path: Path, columns: tuple[str, ...] | None) -> tuple[Document, ...]:
     if _kind(path) not in FILE_TYPES:
         raise DataError(f"data file {str(path)!r} has an unknown type; it must be one of {', '.join(FILE_TYPES)}")
     name = repr(str(path))
@@ -107,8 +154,8 @@ def _file(path: Path, column: str) -> tuple[str, ...]:
         if _kind(path) == ".txt":
             return (path.read_text(encoding=ENCODING),)
         if _kind(path) == ".parquet":
-            return _parquet(path, column)
-        return tuple(_column(_rows(path), column, name))
+            return _parquet(path, columns)
+        return tuple(_documents(_rows(path), columns, name))
     except UnicodeDecodeError as error:
         raise DataError(
             f"data file {name} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8, "
@@ -142,29 +189,52 @@ def _rows(path: Path) -> Iterator[Any]:
                 raise json.JSONDecodeError(error.msg, "\n" * (number - 1) + line, number - 1 + error.pos) from error
 
 
-def _parquet(path: Path, column: str) -> tuple[str, ...]:
+def _parquet(path: Path, columns: tuple[str, ...] | None) -> tuple[Document, ...]:
     import pyarrow
     from pyarrow import parquet
 
+    name = repr(str(path))
     try:
         file = parquet.ParquetFile(path)
-        _require(column, file.schema_arrow.names, repr(str(path)))
-        values = file.read(columns=[column]).column(column).to_pylist()
+        chosen = _chosen(columns, file.schema_arrow.names, name)
+        rows = file.read(columns=list(chosen)).to_pylist()
     except pyarrow.ArrowInvalid as error:
         cause = str(error).splitlines()[0].rstrip(". ")
         raise DataError(
             f"data file {str(path)!r} is not valid parquet: {cause}; write it again, or give the text as jsonl"
         ) from error
-    return tuple(_column(({column: value} for value in values), column, repr(str(path))))
+    return tuple(_documents(rows, chosen, name))
 
 
-def _hub(name: str, config: str | None, split: str | None, column: str) -> tuple[str, ...]:
+def _hub(name: str, config: str | None, split: str | None, columns: tuple[str, ...] | None) -> tuple[Document, ...]:
+    loaded = _dataset(name, config, split, streaming=False)
+    chosen = _chosen(columns, loaded.column_names, repr(name))
+    return tuple(_documents(loaded.select_columns(list(chosen)), chosen, repr(name)))
+
+
+def _streamed(name: str, config: str | None, split: str | None, columns: tuple[str, ...] | None, seed: int) -> Stream:
+    if split is not None and "[" in split:
+        raise OptionError(
+            f"a part of a split, {split!r}, cannot be streamed; name the whole split {split.split('[')[0]!r}"
+        )
+    shuffled = _dataset(name, config, split, streaming=True).shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+    return Stream(lambda: _documents(_fetched(shuffled, name), columns, repr(name)))
+
+
+def _fetched(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    try:
+        yield from rows
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"the stream of {name!r} broke off: {error}; try again, or without streaming") from error
+
+
+def _dataset(name: str, config: str | None, split: str | None, *, streaming: bool) -> Any:
     import datasets
 
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(name, config, split=split)
+        loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -174,28 +244,51 @@ def _hub(name: str, config: str | None, split: str | None, column: str) -> tuple
     finally:
         if not shown:
             datasets.enable_progress_bars()
-    if isinstance(loaded, datasets.DatasetDict):
+    if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if "train" not in loaded and len(loaded) > 1:
             raise DataError(f"dataset {name!r} has no split 'train'; name one of {', '.join(loaded)} as {name}:split")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    _require(column, loaded.column_names, repr(name))
-    return tuple(_column(loaded.select_columns([column]), column, repr(name)))
+    return loaded
 
 
-def _column(rows: Iterable[Any], column: str, name: str) -> Iterator[str]:
-    """The texts in `column` of `rows`, which are mappings or bare strings."""
+def _documents(rows: Iterable[Any], columns: tuple[str, ...] | None, name: str) -> Iterator[Document]:
+    """The documents in `rows`, which are mappings or bare strings."""
     for number, row in enumerate(rows, start=1):
+        where = f"row {number} of {name}"
+        values = [row]
         if isinstance(row, Mapping):
-            _require(column, [str(key) for key in row if key is not None], f"row {number} of {name}")
-            row = row[column]
-        if row is None:
+            columns = _chosen(columns, [str(key) for key in row if key is not None], where)
+            values = [row[column] for column in columns]
+        if values[-1] is None:
             continue
-        if not isinstance(row, str):
+        yield _document(values, columns or (), where)
+
+
+def _document(values: Sequence[Any], columns: Sequence[str], where: str) -> Document:
+    *before, last = values
+    if not before and isinstance(last, list):
+        return Chat(messages_of(last, where))
+    for column, value in zip(columns or ("",), values, strict=True):
+        if not isinstance(value, str) and not (value is None and before):
             raise DataError(
-                f"row {number} of {name} holds {type(row).__name__} in column {column!r} where text was expected; "
+                f"{where} holds {type(value).__name__} in column {column!r} where text was expected; "
                 "name a column of text"
             )
-        yield row
+    if not before:
+        return str(last)
+    prompt = before[0] or ""
+    for value in before[1:]:
+        prompt = Completion(prompt, value or "").text
+    return Completion(prompt, last)
+
+
+def _chosen(columns: tuple[str, ...] | None, there: Sequence[str], name: str) -> tuple[str, ...]:
+    """The columns to read, which are all there."""
+    if columns is None:
+        columns = next((usual for usual in DEFAULT_COLUMNS if set(usual) <= set(there)), DEFAULT_COLUMNS[0])
+    for column in columns:
+        _require(column, there, name)
+    return columns
 
 
 def _require(column: str, columns: Iterable[str], name: str) -> None:

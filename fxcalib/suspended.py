@@ -18,6 +18,7 @@ from torch import nn
 
 from fxcalib.contexts import Contexts
 from fxcalib.errors import ModelError
+from fxcalib.forward_state import ForwardState, Slot, StateWatch
 from fxcalib.planning import Part
 from fxcalib.programs import Bound, Program
 from fxcalib.tracing import Targets
@@ -33,8 +34,15 @@ class SuspendedForward:
     When it is dropped while it waits, its frames end, and with them what they hold.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[int, str], batch: Mapping[str, Any]) -> None:
-        self._walk = _Walk(model, targets, batch)
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[int, str],
+        batch: Mapping[str, Any],
+        state: ForwardState | None = None,
+    ) -> None:
+        """`targets`: id of each module that it waits at -> qualified name; `state`: what forwards do not share."""
+        self._walk = _Walk(model, targets, batch, state or ForwardState())
         # the frames of the forward hold the walk, which no collector sees: only this object can tell that it is over
         weakref.finalize(self, self._walk.end).atexit = False
 
@@ -55,8 +63,13 @@ class SuspendedForward:
 class _Walk:
     """A forward in a greenlet, and the state of the thread as it is on either side of a switch."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[int, str], batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Mapping[int, str], batch: Mapping[str, Any], state: ForwardState
+    ) -> None:
         self._targets = targets
+        self._state = state
+        self._own: dict[Slot, Any] = {}
+        self._call = 0
         self._random = torch.get_rng_state()
         self._caller: greenlet | None = None
         self._outside = Contexts.current()
@@ -65,17 +78,18 @@ class _Walk:
         self._greenlet = greenlet(lambda: model(**batch))
         self._inside = False
         self.waits_at: str | None = None
-        self._call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+        self._waiting: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
 
     def advance(self) -> None:
         self._caller, self._outside = getcurrent(), Contexts.current()
         outside = torch.get_rng_state()
         torch.set_rng_state(self._random)
-        self.waits_at, self._call = None, None
+        self.waits_at, self._waiting = None, None
         try:
-            with _intercepted(self._arrive), self._outside.entered():
+            with self._state.installed(self._own, self._call), _intercepted(self._arrive), self._outside.entered():
                 self._greenlet.switch()
         finally:
+            self._call += 1
             self._random = torch.get_rng_state()
             torch.set_rng_state(outside)
 
@@ -83,7 +97,7 @@ class _Walk:
         name = self._targets.get(id(module))
         if name is None or self._inside or getcurrent() is not self._greenlet:
             return original(module, *args, **kwargs)
-        self.waits_at, self._call = name, (module, args, kwargs)
+        self.waits_at, self._waiting = name, (module, args, kwargs)
         self._within = Contexts.current()
         assert self._caller is not None
         with self._outside.entered():
@@ -96,12 +110,12 @@ class _Walk:
             self._inside = False
 
     def rehearse(self) -> None:
-        assert self._call is not None
-        module, args, kwargs = self._call
+        assert self._waiting is not None
+        module, args, kwargs = self._waiting
         outside = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
-            with self._within.entered(), _on_its_device(module):
+            with self._state.lent(self._own, self._call), self._within.entered(), _on_its_device(module):
                 leaves, structure = flatten((args, kwargs))
                 copied_args, copied_kwargs = unflatten(structure, *copy.deepcopy(leaves))
                 module(*copied_args, **copied_kwargs)
@@ -110,7 +124,7 @@ class _Walk:
 
     def end(self) -> None:
         """End the forward where it waits."""
-        self._call = None
+        self._waiting = None
         if self._greenlet:
             with Contexts.current().entered():
                 self._greenlet.throw()
@@ -122,36 +136,45 @@ class SuspendedProgram(Program):
     def __init__(self, model: nn.Module, targets: Targets, batch: Mapping[str, Any]) -> None:
         self.model = model
         self._targets = {id(model.get_submodule(name)): name for name in reversed(targets.names)}
-        self._sequence = self._calls(batch)
+        self._sequence, self._state = self._calls(batch)
         if not self._sequence:
             raise ModelError(f"the first batch calls none of the sequential targets {', '.join(targets.patterns)}")
 
-    def _calls(self, batch: Mapping[str, Any]) -> list[str]:
+    def _calls(self, batch: Mapping[str, Any]) -> tuple[list[str], ForwardState]:
+        """The targets in the order of their calls, and what the forward changes on the model meanwhile."""
         calls: list[str] = []
         depth = 0
+        with torch.no_grad(), unchanged(self.model):
+            watch = StateWatch(self.model)
 
-        def note(original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-            nonlocal depth
-            name = self._targets.get(id(module))
-            if name is None:
-                return original(module, *args, **kwargs)
-            if not depth:
-                calls.append(name)
-            depth += 1
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                depth -= 1
+            def note(original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+                nonlocal depth
+                name = self._targets.get(id(module))
+                if name is None:
+                    return original(module, *args, **kwargs)
+                if not depth:
+                    watch.next_call()
+                    calls.append(name)
+                depth += 1
+                try:
+                    return original(module, *args, **kwargs)
+                finally:
+                    depth -= 1
 
-        with _intercepted(note), torch.no_grad(), unchanged(self.model):
-            self.model(**copy.deepcopy(dict(batch)))  # a forward may write to its inputs
-        return calls
+            with watch.reading(), _intercepted(note):
+                self.model(**copy.deepcopy(dict(batch)))  # a forward may write to its inputs
+            watch.next_call()
+            return calls, watch.state()
 
     def bind(self, batch: Mapping[str, Any]) -> Bound:
-        forward = SuspendedForward(self.model, self._targets, copy.deepcopy(dict(batch)))
+        forward = SuspendedForward(self.model, self._targets, copy.deepcopy(dict(batch)), self._state)
         with torch.no_grad():
             forward.advance()
         return Bound(0, {FORWARD: forward}, ())
+
+    def once_more(self, bound: Bound, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        with unchanged(self.model):
+            return self.bind(batch).values
 
     def parts(self, variant: int) -> Sequence[Part]:
         claimed: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 import weakref
@@ -36,7 +37,7 @@ class Transfers(ABC):
 
     @abstractmethod
     def expect(self, nbytes: int) -> None:
-        """Make ready for so many bytes to be parked."""
+        """Make ready for so many bytes to be parked in all."""
 
     @abstractmethod
     def drop(self, parked: Any) -> None:
@@ -184,10 +185,13 @@ class _PageLocked:
         self._locked: list[Tensor] = []
         self._next = _FIRST_SLAB
         self._coming: deque[Future[Tensor]] = deque()
+        self._prepared = 0
         weakref.finalize(self, _unlock_behind, self._locked).atexit = False
 
     def prepare(self, nbytes: int) -> None:
-        """Begin to lock so much memory in a thread."""
+        """Begin to lock memory in a thread until there is so much in all."""
+        nbytes, self._prepared = nbytes - self._prepared, max(nbytes, self._prepared)
+        # one thread: several hold up whoever launches kernels more than they gain
         thread = ThreadPoolExecutor(1, thread_name_prefix="fxcalib-memory")
         while nbytes > 0:
             self._coming.append(thread.submit(_lock, min(nbytes, _LARGEST_SLAB), self._locked))
@@ -233,6 +237,17 @@ def _unlock(slabs: list[Tensor]) -> None:
     while slabs:
         slab = slabs.pop()
         torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+        _give_back(slab)
+
+
+def _give_back(slab: Tensor) -> None:
+    """Let the system have the pages of a slab that is not needed any more.
+
+    It takes the system long, and Python's own way, at the end of the object, keeps all threads waiting meanwhile.
+    """
+    advise, dont_need = getattr(ctypes.CDLL(None), "madvise", None), getattr(mmap, "MADV_DONTNEED", None)
+    if advise is not None and dont_need is not None:
+        advise(ctypes.c_void_p(slab.data_ptr()), ctypes.c_size_t(slab.nbytes), dont_need)
 
 
 def transfers_between(device: torch.device, storage: torch.device) -> Transfers:

@@ -125,3 +125,17 @@ def test_dataclasses_are_looked_into() -> None:
     other[2500] = 1  # printed, they are the same
     prints = [fingerprint_batches([{"input": Pixels(x)}]) for x in (large, large.clone(), other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_loss_mask_is_checked_but_not_for_the_model(llama: LlamaForCausalLM) -> None:
+    for mask in (torch.ones_like(IDS), torch.tensor([[True, False, True]])):
+        check_batch(llama, {"input_ids": IDS, "loss_mask": mask}, 0)
+    check_batch(Strict(), {"pixels": torch.zeros(2, 3), "loss_mask": torch.ones(2, 3)}, 0)
+    for mask, message in (
+        ([1, 1, 1], "'loss_mask' of batch 2 is a list, no tensor"),
+        (torch.ones(3), r"'loss_mask' of batch 2 has shape \(3,\) where a tensor \(batch, sequence\) is expected"),
+        (torch.ones(1, 2), r"'loss_mask' of batch 2 has shape \(1, 2\), but 'input_ids' \(1, 3\)"),
+        (torch.full((1, 3), 0.5), "'loss_mask' of batch 2 holds other values than 0 and 1"),
+    ):
+        with pytest.raises(BatchError, match=message):
+            check_batch(llama, {"input_ids": IDS, "loss_mask": mask}, 2)

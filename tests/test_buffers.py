@@ -146,7 +146,8 @@ def test_a_buffer_that_later_layers_read_is_carried_with_each_batch() -> None:
 
     torch.manual_seed(0)
     model, given = Carries(), batches(5, 3, -4)
-    assert_calibrated_on_what_it_sees(calibrated(model, given, "Linear", pipeline="sequential"), given, model)
+    for options in ({"pipeline": "sequential"}, SUSPENDED):
+        assert_calibrated_on_what_it_sees(calibrated(model, given, "Linear", **options), given, model)
 
 
 def test_a_buffer_that_ties_batches_together_across_layers_is_refused() -> None:
@@ -165,7 +166,7 @@ def test_a_buffer_that_ties_batches_together_across_layers_is_refused() -> None:
             return self.layers[0](self.layers[0](x))
 
     for model, targets, name in ((Running(), "Linear", "steps"), (Shared(), "Counting", "layers.0.steps")):
-        for options in [{}] if name == "steps" else [{}, SUSPENDED]:
+        for options in ({}, SUSPENDED):
             with pytest.raises(ModelError, match=f"changes its buffer {name} in place.*pipeline='basic'"):
                 calibrated(model, batches(1, 2), targets, **options)
 

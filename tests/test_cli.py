@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 from tiny_llama import VOCABULARY, save_tiny_llama
@@ -17,6 +18,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fxcalib import cli, embedded
+from fxcalib.cli.run_options import RunOptions, default_output
+from fxcalib.cli.running import reported
+from fxcalib.cli.words import gathered, names
 from fxcalib.display import Pace, RichProgress
 from fxcalib.modifiers.base import ModuleResult
 
@@ -65,15 +69,15 @@ def test_lists_of_names_need_no_commas_behind_the_model() -> None:
         "-o",
         "out",
     ]
-    assert cli.gathered(given) == expected
+    assert gathered(given) == expected
 
 
 @pytest.mark.parametrize("model", ["tiny", "./elsewhere", "owner/name"])
 def test_a_model_behind_a_name_is_told_by_its_look(work: Path, model: str) -> None:
     given = ["quantize", "--ignore", "lm_head", model, "--json"]
-    assert cli.gathered(given) == given
+    assert gathered(given) == given
     given = ["quantize", "--ignore=lm_head", model, "--targets", "A", "B"]
-    assert cli.gathered(given) == [*given[:-1], "--targets", "B"]
+    assert gathered(given) == [*given[:-1], "--targets", "B"]
 
 
 def test_names_without_a_model_are_never_taken_for_one(
@@ -138,19 +142,22 @@ def test_bad_input_is_one_message_and_code_2(work: Path) -> None:
 
 
 def test_interrupt_is_code_130() -> None:
-    with pytest.raises(typer.Exit) as stopped, cli._reported(debug=False, quiet=True, as_json=False):
+    with pytest.raises(typer.Exit) as stopped, reported(debug=False, quiet=True, as_json=False):
         raise KeyboardInterrupt
     assert stopped.value.exit_code == 130
 
 
 def test_names_are_split_at_commas_but_patterns_are_not() -> None:
-    assert cli._names(["a,b", "re:x{1,2}", "c"]) == ["a", "b", "re:x{1,2}", "c"]
-    assert cli._names(None) is None
+    assert names(["a,b", "re:x{1,2}", "c"]) == ["a", "b", "re:x{1,2}", "c"]
+    assert names(None) is None
 
 
 def test_default_output() -> None:
-    assert str(cli.default_output("HuggingFaceTB/SmolLM2-135M-Instruct", "W4A16")) == "SmolLM2-135M-Instruct-W4A16"
-    assert str(cli.default_output("./models/tiny/", "FP8")) == "tiny-FP8"
+    assert str(default_output("HuggingFaceTB/SmolLM2-135M-Instruct", "W4A16")) == "SmolLM2-135M-Instruct-W4A16"
+    assert str(default_output("./models/tiny/", "FP8")) == "tiny-FP8"
+    assert str(RunOptions().default_output("a/tiny")) == "tiny-W4A16"
+    assert str(RunOptions(algorithm="wanda").default_output("a/tiny")) == "tiny-wanda"
+    assert str(RunOptions(recipe=Path("x/mixed.yaml")).default_output("a/tiny")) == "tiny-mixed"
 
 
 def test_quantize(work: Path) -> None:
@@ -186,6 +193,12 @@ def test_quantize(work: Path) -> None:
         (["tiny", "--samples", "100000"], "samples"),
         (["./missing"], "does not exist"),
         (["tiny", "-o", "tiny"], "is the folder of the model itself"),
+        (["tiny", "--sparsity", "0.5"], "sparsity does not go with algorithm 'gptq', only with sparsegpt, wanda"),
+        (["tiny", "--smoothquant", "3"], "smoothing_strength is 3.0; it must be from 0 to 1"),
+        (["tiny", "--kv-cache-scheme", "fp9"], "unknown kv_cache_scheme 'fp9': did you mean 'fp8'?"),
+        (["tiny", "--completion-only"], "words.txt holds plain text, in which nothing is completion"),
+        (["tiny", "--streaming"], "'words.txt' is here already; only datasets of the hub can be streamed"),
+        (["tiny", "--recipe", "none.yaml"], "--recipe and --group-size are given"),
     ],
 )
 def test_bad_quantize_input_leaves_nothing_behind(work: Path, arguments: list[str], message: str) -> None:
@@ -297,3 +310,51 @@ def test_help_lists_every_pipeline_and_option_of_steps(command: str, monkeypatch
     stdout, _ = _run(command, "--help")
     for word in ("layer_sequential", "--targets-per-subgraph", "--no-propagate-error", "--suspended"):
         assert word in stdout
+
+
+def test_a_recipe_by_flags_and_by_file_give_the_same_checkpoint(work: Path) -> None:
+    data = ("--data", "words.txt", "--samples", "4", "--seq-len", "32", "--device", "cpu", "--quiet")
+    flags = ("--scheme", "W8A8", "--smoothquant", "0.7", "--kv-cache-scheme", "int8")
+    _run("quantize", "tiny", *flags, *data, "-o", "first")
+    _run("quantize", "tiny", "--recipe", "first/recipe.yaml", *data)
+    assert (work / "tiny-recipe" / "recipe.yaml").read_text() == (work / "first" / "recipe.yaml").read_text()
+    for file in (work / "first").glob("*.safetensors"):
+        assert file.read_bytes() == (work / "tiny-recipe" / file.name).read_bytes()
+    report = json.loads((work / "tiny-recipe" / "fxcalib_report.json").read_text())
+    assert report["algorithm"] == "SmoothQuantModifier, GPTQModifier"
+
+
+def test_a_bad_recipe_is_one_message_with_file_line_and_key(work: Path) -> None:
+    (work / "bad.yaml").write_text("quant_stage:\n  quant_modifiers:\n    GPTQModifier:\n      shceme: W4A16\n")
+    for command in ("quantize", "plan"):
+        _, errors = _run(command, "tiny", "--recipe", "bad.yaml", code=2)
+        message = "error: bad.yaml:4: quant_stage.quant_modifiers.GPTQModifier.shceme: GPTQModifier has no argument"
+        assert " ".join(errors.split()).startswith(message), errors
+        assert "did you mean 'scheme'" in errors
+
+
+@pytest.mark.parametrize("algorithm", ["sparsegpt", "wanda", "magnitude"])
+def test_pruning(work: Path, algorithm: str) -> None:
+    data = ("--data", "words.txt", "--samples", "4", "--seq-len", "32", "--device", "cpu", "--quiet")
+    _run("quantize", "tiny", "--algorithm", algorithm, "--mask-structure", "2:4", *data)
+    weight = AutoModelForCausalLM.from_pretrained(f"tiny-{algorithm}").model.layers[0].mlp.up_proj.weight
+    assert (weight.unflatten(1, (-1, 4)) == 0).sum(-1).eq(2).all()
+
+
+def test_batches_from_a_file(work: Path) -> None:
+    torch.save([{"input_ids": torch.arange(3, 35).reshape(2, 16)}], "batches.pt")
+    given = ("quantize", "tiny", "--group-size", "32", "--device", "cpu")
+    out, _ = _run(*given, "--batches", "batches.pt", "--json")
+    assert json.loads(out)["tokens"] == 32
+    torch.save({"input_ids": torch.arange(3, 35)}, "batch.pt")
+    (work / "code.pt").write_bytes(b"cos\nsystem\n(S'touch hit'\ntR.")
+    for file, message in (
+        ("none.pt", "batches file 'none.pt' cannot be read"),
+        ("batch.pt", "batches file 'batch.pt' holds a dict, not a list of batches; save a list of dicts"),
+        ("code.pt", "batches file 'code.pt' cannot be read"),
+    ):
+        _, errors = _run(*given, "--batches", file, "-o", "other", code=2)
+        assert message in " ".join(errors.split())
+    assert not (work / "hit").exists()
+    _, errors = _run(*given, "--batches", "batches.pt", "--data", "words.txt", code=2)
+    assert "--data and --batches are given; give one of them" in errors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fxcalib.data import CalibrationData, batches, build, fingerprint_batches
 from fxcalib.errors import DataError, OptionError
-from fxcalib.sources import Texts
+from fxcalib.sources import Stream, Texts
 
 WORDS = [f"w{i}" for i in range(50)]
 EOS, PAD, BOS = 0, 1, 2
@@ -188,3 +190,34 @@ def test_fingerprints_of_batches_see_every_difference() -> None:
         [{"input_ids": ids, "pixel_values": [ids.bfloat16(), None]}],
     ]
     assert len({fingerprint_batches(b) for b in [base, *others]}) == len(others) + 1
+
+
+def test_batches_of_documents_hold_samples_of_similar_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    lengths = [3, 20, 4, 19, 5, 21]
+    texts = [document(i, length) for i, length in enumerate(lengths)]
+    data = build(texts, tokenizer, samples=6, seq_len=64, pack=False)
+    loaded = batches(data, 2)
+    assert [batch["attention_mask"].sum(1).tolist() for batch in loaded] == [[22, 21], [20, 6], [5, 4]]
+    assert [batch["input_ids"].shape[1] for batch in loaded] == [22, 20, 5]
+    again = batches(build(texts, tokenizer, samples=6, seq_len=64, pack=False), 2)
+    assert fingerprint_batches(loaded) == fingerprint_batches(again)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_stream_is_read_as_far_as_it_is_needed(tokenizer: PreTrainedTokenizerFast, pack: bool) -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[str]:
+        for i in itertools.count():
+            taken.append(i)
+            yield document(i, 9)
+
+    texts = Texts(Stream(endless), "endless")
+    data = build(texts, tokenizer, samples=4, seq_len=10, pack=pack)
+    assert len(data.samples) == 4
+    assert len(taken) == 4
+    assert data.fingerprint == build(texts, tokenizer, samples=4, seq_len=10, pack=pack).fingerprint
+    assert str(texts) == "documents streamed from endless"
+    short = Texts(Stream(lambda: iter(["w1 w2"])), "short")
+    with pytest.raises(DataError, match=r"short (gives 0|has 1)"):
+        build(short, tokenizer, samples=2, seq_len=10, pack=pack)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fxcalib.errors import DataError
-from fxcalib.sources import _HUB_ID, check_source, load_texts
+from fxcalib.errors import DataError, OptionError
+from fxcalib.sources import _HUB_ID, _streamed, check_source, load_texts
 
 
 def write(path: Path, text: str) -> Path:
@@ -154,3 +154,24 @@ def test_a_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"^data 'no/such' is no file or folder here, .* or use 'builtin'$"):
         load_texts("no/such:train")
+
+
+def test_a_stream_is_shuffled_by_its_seed_and_reads_rows_one_by_one(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(300))
+    write(tmp_path / "stream" / "train.jsonl", rows)
+    orders = [
+        [str(document) for document in _streamed(str(tmp_path / "stream"), None, "train", None, seed)]
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(f"document {i}" for i in range(300))
+    with pytest.raises(OptionError, match=r"a part of a split, 'train\[:5\]', cannot be streamed; name .* 'train'"):
+        _streamed(str(tmp_path / "stream"), None, "train[:5]", None, 0)
+
+
+def test_only_what_is_not_here_is_streamed(tmp_path: Path) -> None:
+    for source in (write(tmp_path / "a.txt", "x"), tmp_path, None, "builtin"):
+        with pytest.raises(OptionError, match="is here already; only datasets of the hub can be streamed"):
+            load_texts(source, streaming=True)
+    with pytest.raises(OptionError, match="text_column is 'a,'; give a column's name, or several separated"):
+        load_texts(column="a,")

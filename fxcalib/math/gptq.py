@@ -122,6 +122,22 @@ def factorize(hessian_II: Tensor, dampening_frac: float = 0.01, order: Order = "
     return Factor(lower, factor_diagonal, flipped, damping, notes)
 
 
+def corrected(weight_OI: Tensor, factor: Factor, shift_II: Tensor) -> Tensor:
+    """The weight (O, I) float32 whose outputs on its inputs X are nearest to those of `weight_OI` on inputs Y.
+
+    `shift_II` is (Y - X)^T X; the result is W + W (Y - X)^T X H^-1 with the damped Hessian of `factor`. The squared
+    distance of any Q to the outputs on Y, ||X Q^T - Y W^T||^2, is that of Q to this weight under H plus a number that
+    Q does not change: quantizing it as usual is quantizing for the original outputs (the asymmetric objective of Li et
+    al. 2025, "GPTAQ", and Zhang et al. 2025, "Qronos").
+    """
+    # first the columns of the shift: its product with the weight, then one solve with the factor
+    moved_IO = (weight_OI.float() @ shift_II).t()[factor.order_I]
+    lower_II = factor.lower_II * factor.diagonal_I
+    update_IO = torch.cholesky_solve(moved_IO, lower_II)
+    result_IO = torch.empty_like(update_IO).index_copy_(0, factor.order_I, update_IO)
+    return weight_OI.float() + result_IO.t()
+
+
 def solve(
     weight_OI: Tensor,
     factor: Factor,
@@ -130,6 +146,7 @@ def solve(
     qparams: QParams | Callable[[Tensor, int], QParams],
     *,
     block_size: int = 128,
+    pruned_OI: Tensor | None = None,
 ) -> Solution:
     """Quantize `weight_OI` (O, I), any floating dtype, for least output error given its inputs' factored Hessian.
 
@@ -140,11 +157,13 @@ def solve(
     Weights that share their inputs are solved together by stacking them along O.
 
     Columns are handled `block_size` at a time: what earlier blocks contribute is one matrix product a block.
+    `pruned_OI`: bool, true where a weight becomes zero, for the others to make up for.
     """
     # Columns as rows, so that one column of all output channels is contiguous.
     w_IO = weight_OI.t()[factor.order_I].float()
-    energy_O = _quadratic_form(w_IO, factor)
-    walk = _Walk(w_IO, factor, grid, group_of_column, qparams)
+    energy_O = quadratic_form(w_IO, factor)
+    pruned_IO = None if pruned_OI is None else pruned_OI.t()[factor.order_I]
+    walk = _Walk(w_IO, factor, grid, group_of_column, qparams, pruned_IO)
     fused = kernels.available(w_IO)
     if fused:
         block_size = min(block_size, kernels.BLOCK_LIMIT)
@@ -175,8 +194,10 @@ class _Walk:
         grid: Grid,
         group_of_column: list[int],
         qparams: QParams | Callable[[Tensor, int], QParams],
+        pruned_IO: Tensor | None,
     ) -> None:
         self._w_IO, self._factor, self._grid, self._group_of_column = w_IO, factor, grid, group_of_column
+        self._pruned_IO = pruned_IO
         self.quantized_IO, self.error_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
         out = w_IO.shape[1]
         self.loss_O = torch.zeros(out, device=w_IO.device)
@@ -221,6 +242,8 @@ class _Walk:
                 torch.mul(grid.round_(code), scale, out=quantized[at])
             else:
                 torch.mul(grid.round_(code.add_(zero)).sub_(zero), scale, out=quantized[at])
+            if self._pruned_IO is not None:
+                quantized[at].masked_fill_(self._pruned_IO[start + at], 0.0)
             torch.sub(originals[at], quantized[at], out=errors[at])
 
     def fused(self, block: slice, targets_BO: Tensor) -> None:
@@ -247,6 +270,7 @@ class _Walk:
                 self.zeros_GO,
                 self._grid,
                 self.loss_O,
+                None if self._pruned_IO is None else self._pruned_IO[block],
             )
 
     def _reach(self, group: int, last: int) -> None:
@@ -264,7 +288,10 @@ class _Walk:
         own, later = slice(first, last + 1), slice(last + 1, None)
         after = lower[later, own].t() @ error_IO[later]
         update = torch.linalg.solve_triangular(lower[own, own].t(), after, upper=True, unitriangular=True)
-        scale, zero_point = self._search((self._w_IO[own] + update).flip(0).t(), group)
+        updated = self._w_IO[own] + update
+        if self._pruned_IO is not None:
+            updated.masked_fill_(self._pruned_IO[own], 0.0)
+        scale, zero_point = self._search(updated.flip(0).t(), group)
         self.scales_GO[group] = scale
         if zero_point is not None:
             if self.zeros_GO is None:
@@ -274,20 +301,18 @@ class _Walk:
 
 def _cholesky(hessian_II: Tensor, flipped: Tensor, damping_I: Tensor) -> tuple[Tensor, Tensor]:
     """Lower factor of the permuted and damped Hessian, and whether there is none, without a wait for the device."""
-    if not hessian_II.is_cuda:
-        damped = hessian_II[flipped][:, flipped]
-        damped.diagonal().add_(damping_I)
-        factored = torch.linalg.cholesky_ex(damped)
-        return factored.L, factored.info
-    # Column-major, as the factor is: the factorisation replaces the one copy that is made.
-    damped = hessian_II[flipped[:, None], flipped].t()
+    damped = torch.empty_like(hessian_II)
+    for rows in strips(len(damped), damped.device):  # indexing both axes at once would make indices of twice its size
+        torch.index_select(hessian_II[flipped[rows]], 1, flipped, out=damped[rows])
     damped.diagonal().add_(damping_I)
+    # Column-major, as the factor is: the factorisation replaces the one copy that is made.
+    damped = damped.t()
     info = torch.empty((), dtype=torch.int32, device=damped.device)
     torch.linalg.cholesky_ex(damped, out=(damped, info))
     return damped, info
 
 
-def _quadratic_form(w_IO: Tensor, factor: Factor) -> Tensor:
+def quadratic_form(w_IO: Tensor, factor: Factor) -> Tensor:
     """W H W^T of each output channel, without the damping."""
     energy = w_IO.new_zeros(w_IO.shape[1])
     # Strips leave out most of the half of L that is zero, and need no second array of the weight's size.

@@ -48,9 +48,11 @@ class Grid(NamedTuple):
         codes.clamp_(self.low, self.high)
         if self.bits == 8:
             return codes.copy_(codes.to(torch.float8_e4m3fn))
-        # E2M1 steps by 0.5 below 2, by 1 below 4, by 2 up to 6, E2M3 by a quarter of that: the step of the own binade
+        # E2M1 steps by 0.5 below 2, by 1 below 4, by 2 up to 6, E2M3 by a quarter of that: the step of the own binade,
+        # which is what is left of a float32 without its mantissa
         finest = 0.5 if self.bits == 4 else 0.125
-        step = torch.exp2(torch.floor(torch.log2(codes.abs().clamp_(min=1.0)))).mul_(finest)
+        binade = codes.abs().clamp_(min=1.0).view(torch.int32).bitwise_and_(0x7F800000)
+        step = binade.view(torch.float32).mul_(finest)
         return codes.div_(step).round_().mul_(step)
 
 

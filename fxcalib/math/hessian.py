@@ -77,3 +77,31 @@ class Hessian:
             else:
                 # Fake tensors of torch 2.11 do not know the dtype of the sum.
                 sum_SC += torch.mm(left_SN, right_NC, out_dtype=torch.float32)
+
+
+class InputShift:
+    """The running sum D = (Y - X)^T X of the inputs X of a layer in the compressed model and Y in the original one.
+
+    The weight whose outputs on X are nearest to those of W on Y is W + W D H^-1, with H = X^T X.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum_II = torch.zeros(width, width, dtype=torch.float32, device=device)
+        """(I, I) float32; rows are channels of Y - X."""
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, originals: Tensor) -> None:
+        """Add inputs and original inputs, both (..., I), of one floating dtype and device."""
+        x_NI, y_NI = (each.reshape(-1, each.shape[-1]) for each in (inputs, originals))
+        for x, y in zip(torch.split(x_NI, _TOKENS), torch.split(y_NI, _TOKENS), strict=True):
+            # the difference of two near numbers is exact, or nearly, in their own dtype
+            if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+                torch.addmm(self.sum_II, (y - x).t(), x, out_dtype=torch.float32, out=self.sum_II)
+            else:
+                self.sum_II.addmm_((y.float() - x.float()).t(), x.float())
+
+    def clone(self) -> InputShift:
+        """A sum of its own with the same contents."""
+        copy = object.__new__(InputShift)
+        copy.sum_II = self.sum_II.clone()
+        return copy

@@ -55,6 +55,7 @@ def solve_columns(
     zeros_GO: Tensor | None,
     grid: Grid,
     loss_O: Tensor,
+    pruned_BO: Tensor | None = None,
 ) -> None:
     """Quantize `columns` of a block of a GPTQ solve, a run of them from the last to the first, and add their loss.
 
@@ -63,6 +64,7 @@ def solve_columns(
         quantized_BO, errors_BO: written where `columns` are; errors of the columns of the block after them are read.
         lower_BB, diagonal_B: the block's part of the factor.
         groups_B: int32, each column's row of `scales_GO` and `zeros_GO`.
+        pruned_BO: bool, rows contiguous, true where a weight becomes zero.
     All others are float32, rows of O contiguous.
     """
     from fxcalib.math import triton_kernels
@@ -82,12 +84,14 @@ def solve_columns(
             scales_GO if zeros_GO is None else zeros_GO,
             groups_B,
             loss_O,
+            loss_O if pruned_BO is None else pruned_BO,
             out,
             *lower_BB.stride(),
             width,
             columns.stop,
             len(columns),
             HAS_ZERO=zeros_GO is not None,
+            PRUNES=pruned_BO is not None,
             **_codes(grid),
             BLOCK=_power_of_two(width),
             TILE=_CHANNELS,

@@ -48,9 +48,13 @@ class MinMax(Range):
         if real is not None:
             # Zero is inside every range, so zeroed padding leaves no trace; a product would let its NaN survive.
             values = torch.where(real[..., None], values, 0.0)
-        low, high = (end.reshape(1).float() for end in torch.aminmax(values))
+        low, high = (end.float() for end in self._ends(values))
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
+
+    def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = torch.aminmax(values)
+        return low.reshape(1), high.reshape(1)
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         if self._low is None or self._high is None:
@@ -61,10 +65,17 @@ class MinMax(Range):
         return range_qparams(*self.extremes(), grid, scales)
 
     def clone(self) -> MinMax:
-        copy = MinMax()
+        copy = type(self)()
         copy._low = None if self._low is None else self._low.clone()
         copy._high = None if self._high is None else self._high.clone()
         return copy
+
+
+class HeadMinMax(MinMax):
+    """The smallest and the largest value of each head of keys or values: (batch, heads, sequence, head dimension)."""
+
+    def _ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return values.amin((0, 2, 3)), values.amax((0, 2, 3))
 
 
 class Histogram(Range):

@@ -42,6 +42,7 @@ def solve_columns(
     zero_ptr,  # (G, O) float32, if HAS_ZERO
     group_ptr,  # (B,) int32
     loss_ptr,  # (O,) float32, added to
+    pruned_ptr,  # (B, O) bool, if PRUNES
     out,
     lower_row,
     lower_column,
@@ -49,6 +50,7 @@ def solve_columns(
     stop,
     count,
     HAS_ZERO: tl.constexpr,
+    PRUNES: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     FRACTION_BITS: tl.constexpr,
@@ -88,6 +90,8 @@ def solve_columns(
             quantized = (_nearest(code + zero, LOW, HIGH, FRACTION_BITS, SMALLEST) - zero) * scale
         else:
             quantized = _nearest(code, LOW, HIGH, FRACTION_BITS, SMALLEST) * scale
+        if PRUNES:
+            quantized = tl.where(tl.load(pruned_ptr + row, mask=inside, other=0) != 0, 0.0, quantized)
         error = original - quantized
         tl.store(quantized_ptr + row, quantized, mask=inside)
         tl.store(error_ptr + row, error, mask=inside)

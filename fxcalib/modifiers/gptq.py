@@ -16,7 +16,7 @@ from fxcalib.modifiers.base import ModuleResult, Scope
 from fxcalib.modifiers.qargs import describe
 from fxcalib.modifiers.scheme_modifier import SchemeModifier, elapsed
 from fxcalib.modifiers.sharing import InputStatistics
-from fxcalib.modifiers.weights import round_to_nearest, solve_together
+from fxcalib.modifiers.weights import pruned_part, round_to_nearest, solve_together
 
 _ORDERS = ("static", "weight")
 _REMOVED_ORDERS = ("group", "dynamic")
@@ -36,8 +36,12 @@ class GPTQModifier(SchemeModifier):
         actorder: `static` (also called `weight`) quantizes the input channels with the largest second moment first,
             with scales found beforehand; the stored format does not change. None keeps their order and finds each
             group's scale when it is reached. An `actorder` in the scheme itself goes first.
-        targets, scheme, config_groups, ignore, group_size, weight_observer, input_observer, output_observer, observer:
-            as `QuantizationModifier` has them.
+        asymmetric: solve for the outputs that modules have in the original model, on the inputs that they have in the
+            compressed one, so that later modules make up for the errors of earlier ones. Takes one more forward of
+            each layer, and memory for the original model's values between layers. Without propagation of errors both
+            inputs are the same, and it changes nothing.
+        targets, scheme, config_groups, ignore, group_size, weight_observer, input_observer, output_observer, observer,
+            kv_cache_scheme: as `QuantizationModifier` has them.
 
     Raises:
         OptionError: arguments that contradict each other or name what does not exist.
@@ -49,6 +53,7 @@ class GPTQModifier(SchemeModifier):
         block_size: int = 128,
         dampening_frac: float = 0.01,
         actorder: str | None = "static",
+        asymmetric: bool = False,
         targets: str | Sequence[str] = "Linear",
         scheme: str | Mapping[str, Any] | QuantizationScheme | None = None,
         **settings: Any,
@@ -64,6 +69,9 @@ class GPTQModifier(SchemeModifier):
             )
         if actorder is not None and actorder not in _ORDERS:
             raise OptionError(f"unknown actorder {actorder!r}: {nearest(str(actorder), _ORDERS)}, or None")
+        if not isinstance(asymmetric, bool):
+            raise OptionError(f"asymmetric is {asymmetric!r}; give True or False")
+        self.observes_originals = asymmetric
         self._block_size = block_size
         self._dampening_frac = dampening_frac
         for scheme_ in self._schemes:
@@ -78,8 +86,10 @@ class GPTQModifier(SchemeModifier):
         for shared in self._by_inputs(scope, names):
             statistics = self.statistics_of(shared[0])
             factors: dict[Order, Factor | str] = {}
-            for together in self._by_weights(shared):
-                results.extend(self._commit_together(scope, together, statistics, factors))
+            groups = self._by_weights(shared)
+            for together in groups:
+                last = together is groups[-1]
+                results.extend(self._commit_together(scope, together, statistics, factors, last=last))
         return results
 
     def _commit_together(
@@ -88,8 +98,10 @@ class GPTQModifier(SchemeModifier):
         names: list[str],
         statistics: InputStatistics | None,
         factors: dict[Order, Factor | str],
+        *,
+        last: bool,
     ) -> list[ModuleResult]:
-        """Quantize modules of the same inputs and weight arguments."""
+        """Quantize modules of the same inputs and weight arguments; the `last` of these inputs let go of the Hessian."""
         began = time.perf_counter()
         args = self.scheme_of(names[0]).weights
         if args is None:
@@ -99,13 +111,19 @@ class GPTQModifier(SchemeModifier):
         if order not in factors:
             factors[order] = self._factorize(statistics, modules[0], order)
         factor = factors[order]
+        if last and statistics is not None:
+            statistics.hessian = None
         if isinstance(factor, str):
             errors = [round_to_nearest(module, args) for module in modules]
             measure = "weight"
             notes: tuple[str, ...] = (f"rounded to nearest: {factor}",)
         else:
-            errors = solve_together(modules, args, factor, self._block_size, static_groups=order == "activation")
-            measure, notes = "output", factor.notes
+            shift = None if statistics is None or statistics.shift is None else statistics.shift.sum_II
+            static = order == "activation"
+            pruned = pruned_part(modules)
+            errors = solve_together(modules, args, factor, self._block_size, static, shift, pruned)
+            kept = () if pruned is None else ("pruned weights stay zero",)
+            measure, notes = "output", (*factor.notes, *_unpaired(statistics), *kept)
         # One wait for the device for all of them.
         values = torch.stack(errors).tolist()
         seconds = elapsed(began) / len(names)
@@ -144,3 +162,9 @@ class GPTQModifier(SchemeModifier):
             else:
                 groups.append((args, [name]))
         return [members for _, members in groups]
+
+
+def _unpaired(statistics: InputStatistics | None) -> tuple[str, ...]:
+    if statistics is None or not statistics.unpaired:
+        return ()
+    return (f"{statistics.unpaired} of its inputs have no counterpart in the original model",)

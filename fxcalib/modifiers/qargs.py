@@ -131,6 +131,13 @@ def observer_of(args: QuantizationArgs, default: str) -> tuple[str, dict[str, An
     return OBSERVERS[name], args.observer_kwargs
 
 
+def default_observer(role: str, args: QuantizationArgs) -> str | None:
+    """The name, as llm-compressor has it, of the observer that is used where `args` of `role` names none."""
+    if role == "weights":
+        return f"memoryless_{DEFAULT_WEIGHT_OBSERVER}"
+    return f"static_{DEFAULT_ACTIVATION_OBSERVER}" if is_static(args) else None
+
+
 def is_static(args: QuantizationArgs | None) -> bool:
     """Whether activations quantized with `args` need their range calibrated."""
     return args is not None and args.dynamic is not True
@@ -138,20 +145,17 @@ def is_static(args: QuantizationArgs | None) -> bool:
 
 def describe(scheme: QuantizationScheme) -> str:
     """Readable form of a scheme, such as `int4 group 64 symmetric, input fp8 tensor static`."""
-    parts = []
-    for role, args in (
-        ("", scheme.weights),
-        ("input ", scheme.input_activations),
-        ("output ", scheme.output_activations),
-    ):
-        if args is None:
-            continue
-        kind = f"{'int' if args.type == 'int' else 'fp'}{args.num_bits}"
-        size = f" {args.group_size}" if args.group_size else ""
-        if args.block_structure:
-            size = " " + "x".join(map(str, args.block_structure))
-        symmetry = ("symmetric" if args.symmetric else "asymmetric") if args.type == "int" else ""
-        when = "" if not role else "dynamic" if args.dynamic else "static"
-        words = (f"{role}{kind}", f"{QuantizationStrategy(args.strategy).value}{size}", symmetry, when)
-        parts.append(" ".join(word for word in words if word))
-    return ", ".join(parts)
+    roles = (("", scheme.weights), ("input ", scheme.input_activations), ("output ", scheme.output_activations))
+    return ", ".join(f"{role}{describe_args(args, activations=bool(role))}" for role, args in roles if args is not None)
+
+
+def describe_args(args: QuantizationArgs, *, activations: bool) -> str:
+    """Readable form of arguments, such as `int4 group 64 symmetric`, and whether scales of activations are static."""
+    kind = f"{'int' if args.type == 'int' else 'fp'}{args.num_bits}"
+    size = f" {args.group_size}" if args.group_size is not None and args.group_size > 0 else ""
+    if args.block_structure:
+        size = " " + "x".join(map(str, args.block_structure))
+    symmetry = ("symmetric" if args.symmetric else "asymmetric") if args.type == "int" else ""
+    when = "" if not activations else "dynamic" if args.dynamic else "static"
+    words = (kind, f"{QuantizationStrategy(args.strategy).value}{size}", symmetry, when)
+    return " ".join(word for word in words if word)

@@ -24,10 +24,14 @@ class QuantizationModifier(SchemeModifier):
         scheme: a preset of compressed-tensors in any case (`W4A16`, `W8A8`, `FP8`, ...), a dict of preset names to
             targets, or a dict of `weights`, `input_activations` and `output_activations`.
         config_groups: instead of `scheme`: group names to `QuantizationScheme`s or dicts, each with its `targets`.
-        ignore: names, classes or patterns to leave alone; None ignores `lm_head` where there is one.
+        ignore: names, classes or patterns to leave alone; None ignores the output head. A head that is asked for and
+            tied to the input embeddings gets a weight of its own.
         group_size: replaces the scheme's; -1 for one scale per output channel.
         weight_observer, input_observer, output_observer: `minmax`, `mse` or `percentile`.
         observer: the same for all weights (a name), or for `weights`, `input` and `output` (a mapping).
+        kv_cache_scheme: how keys and values are cached, as `QuantizationArgs` or a dict of its fields, such as
+            `{"num_bits": 8, "type": "float", "strategy": "tensor"}`; static scales are calibrated on what attention
+            hands to its cache. It may be given without a `scheme`, and `ignore` does not apply to it.
 
     Raises:
         OptionError: arguments that contradict each other or name what does not exist.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxcalib.errors import NonFiniteActivationError, OptionError
-from fxcalib.math.hessian import Hessian
+from fxcalib.math.hessian import Hessian, InputShift
 from fxcalib.math.ranges import MinMax, Range
 from fxcalib.modifiers import qargs
 from fxcalib.modifiers.base import CurrentBatch, Modifier, ModuleResult, Needs, Scope
 from fxcalib.modifiers.fused_inputs import FusedInputs
-from fxcalib.modifiers.schemes import build_schemes, check_finite, resolve
-from fxcalib.modifiers.sharing import InputStatistics, SharedInputs, union_of_extremes
+from fxcalib.modifiers.global_scales import SharedGlobalScales
+from fxcalib.modifiers.kv_cache import KeyValueCache, read_kv_cache_scheme
+from fxcalib.modifiers.schemes import build_schemes, check_finite, refuse_quantized, resolve
+from fxcalib.modifiers.sharing import InputStatistics, OriginalInputs, SharedInputs, union_of_extremes
+from fxcalib.modifiers.ties import UntiedWeights, untie
 from fxcalib.patterns import names_of
 from fxcalib.profiling import span
 
@@ -55,10 +58,11 @@ class SchemeModifier(Modifier):
     ) -> None:
         asked = None if sequential_targets is None else names_of(sequential_targets, "sequential target")
         self.sequential_targets = asked
-        if kv_cache_scheme is not None:
-            raise OptionError("kv_cache_scheme is not supported yet; leave it out")
+        cached = read_kv_cache_scheme(kv_cache_scheme)
+        self._cache = None if cached is None else KeyValueCache(cached)
         observers = _observers(observer, weight_observer, input_observer, output_observer)
-        self._schemes = build_schemes(targets, scheme, config_groups, group_size, observers)
+        cache_alone = cached is not None and scheme is None and config_groups is None
+        self._schemes = [] if cache_alone else build_schemes(targets, scheme, config_groups, group_size, observers)
         self._ignore = None if ignore is None else names_of(ignore, "ignore pattern")
         self._resolved: dict[str, QuantizationScheme] = {}
         self._unchecked: set[str] = set()
@@ -66,6 +70,11 @@ class SchemeModifier(Modifier):
         self._inputs: dict[str, InputStatistics] = {}
         self._outputs: dict[str, Range] = {}
         self._fused = FusedInputs()
+        self._global_scales = SharedGlobalScales()
+        self._untied = UntiedWeights()
+
+    observes_originals = False
+    """Whether the inputs that modules have in the original model are held against theirs."""
 
     @abstractmethod
     def needs_hessian(self, scheme: QuantizationScheme) -> bool:
@@ -77,28 +86,60 @@ class SchemeModifier(Modifier):
 
     @property
     def needs_data(self) -> bool:
-        return any(self._observes(scheme) for scheme in self._schemes)
+        return self._cache_needs_data or any(self._observes(scheme) for scheme in self._schemes)
 
     @property
     def needs(self) -> Needs:
         observed = frozenset(name for name, scheme in self._resolved.items() if self._observes(scheme))
-        return Needs(observed=observed, committed=frozenset(self._resolved))
+        moments = frozenset(name for name in observed if self.needs_hessian(self._resolved[name]))
+        originals = moments if self.observes_originals else frozenset[str]()
+        cached = frozenset[str]() if self._cache is None else self._cache.modules
+        return Needs(
+            observed=observed | (cached if self._cache_needs_data else frozenset()),
+            committed=cached.union(self._resolved),
+            originals=originals,
+        )
+
+    @property
+    def _cache_needs_data(self) -> bool:
+        return self._cache is not None and self._cache.needs_data
+
+    @property
+    def schemes(self) -> tuple[QuantizationScheme, ...]:
+        """The schemes asked for, each with its targets."""
+        return tuple(self._schemes)
+
+    def resolve(self, model: nn.Module) -> dict[str, QuantizationScheme]:
+        """Scheme of each module that it quantizes, by qualified name; raises what `schemes.resolve` raises."""
+        if self._schemes:
+            return resolve(model, self._schemes, self._ignore)
+        refuse_quantized(model)
+        return {}
 
     def attach(self, model: nn.Module) -> None:
-        resolved = resolve(model, self._schemes, self._ignore)
+        resolved = self.resolve(model)
         modules = {name: model.get_submodule(name) for name in resolved}
         for name, module in modules.items():
             check_finite(name, module)
         self._unchecked = {name for name, module in modules.items() if _weight(module).is_meta}
         self._resolved = resolved
         self._committed = set()
+        self._untied = untie(model, resolved)
+        self._global_scales = SharedGlobalScales()
         for name, scheme in resolved.items():
             initialize_module_for_quantization(modules[name], scheme, force_zero_point=False)
             modules[name].quantization_enabled = False  # type: ignore[assignment]
+        if self._cache is not None:
+            self._cache.attach(model)
 
     @contextmanager
     def observe(self, scope: Scope) -> Iterator[None]:
-        shared = SharedInputs()
+        with nullcontext() if self._cache is None else self._cache.observe(scope), self._observe_modules(scope):
+            yield
+
+    @contextmanager
+    def _observe_modules(self, scope: Scope) -> Iterator[None]:
+        shared, originals = SharedInputs(), OriginalInputs()
         outputs: dict[str, Range] = {}
         checks: list[tuple[int, str, Tensor]] = []
         handles: list[RemovableHandle] = []
@@ -106,7 +147,7 @@ class SchemeModifier(Modifier):
             for name in self._pending(scope):
                 scheme = self._resolved[name]
                 if self._observes_inputs(scheme):
-                    handles.append(self._observe_inputs(name, scheme, scope, shared))
+                    handles.append(self._observe_inputs(name, scheme, scope, shared, originals))
                 if scheme.output_activations is not None and qargs.is_static(scheme.output_activations):
                     outputs[name] = qargs.range_of(scheme.output_activations)
                     handles.append(self._observe_outputs(name, scope, outputs[name], checks))
@@ -116,7 +157,7 @@ class SchemeModifier(Modifier):
                 handle.remove()
         with span("statistics"):
             groups = shared.finish()
-            _refuse_non_finite(groups, checks)
+            refuse_non_finite(groups, checks)
         self._inputs = {name: statistics for names, statistics in groups for name in names}
         self._outputs = outputs
 
@@ -126,6 +167,11 @@ class SchemeModifier(Modifier):
             if name in self._unchecked:
                 check_finite(name, scope.modules[name])
         notes = {name: self._commit_activations(name, scope.modules[name]) for name in names}
+        scales, unshared = self._global_scales.find(scope, names, self._resolved, self._inputs)
+        for name, scale in scales.items():
+            store(scope.modules[name], "weight_global_scale", scale)
+        for name, note in unshared.items():
+            notes[name] = (*notes[name], note)
         results = {result.name: result for result in self.commit_weights(scope, names)}
         for name in names:
             module = scope.modules[name]
@@ -134,7 +180,8 @@ class SchemeModifier(Modifier):
         self._fused.replace([(scope.modules[n], self._resolved[n], self._inputs.get(n)) for n in names])
         self._committed.update(names)
         self._inputs, self._outputs = {}, {}
-        return [_with_notes(results[name], notes[name]) for name in names]
+        cached = [] if self._cache is None else self._cache.commit(scope)
+        return [*(_with_notes(results[name], notes[name]) for name in names), *cached]
 
     def detach(self, model: nn.Module) -> None:
         self._fused.restore()
@@ -144,6 +191,9 @@ class SchemeModifier(Modifier):
             for attribute in ("quantization_status", "quantization_enabled"):
                 if hasattr(module, attribute):
                     delattr(module, attribute)
+        self._untied.tie_again(model, self._resolved.keys() - self._committed)
+        if self._cache is not None:
+            self._cache.detach(model)
         self._inputs, self._outputs, self._resolved, self._committed = {}, {}, {}, set()
 
     def statistics_of(self, name: str) -> InputStatistics | None:
@@ -164,25 +214,33 @@ class SchemeModifier(Modifier):
         return self._observes_inputs(scheme) or qargs.is_static(scheme.output_activations)
 
     def _observe_inputs(
-        self, name: str, scheme: QuantizationScheme, scope: Scope, shared: SharedInputs
+        self, name: str, scheme: QuantizationScheme, scope: Scope, shared: SharedInputs, originals: OriginalInputs
     ) -> RemovableHandle:
         hessian = self.needs_hessian(scheme)
         args = scheme.input_activations if qargs.is_static(scheme.input_activations) else None
         recipe: Hashable = (hessian, None if args is None else qargs.range_key(args))
 
+        shifted = hessian and self.observes_originals
+
         def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             inputs = positional[0] if positional else keywords.get("input")
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or not inputs.numel():
+                return
+            if scope.batch.original:
+                if shifted:
+                    originals.keep(name, inputs, scope.batch.index)
                 return
 
             def make() -> InputStatistics:
                 return InputStatistics(
                     Hessian(inputs.shape[-1], inputs.device) if hessian else None,
                     None if args is None else qargs.range_of(args),
+                    InputShift(inputs.shape[-1], inputs.device) if shifted else None,
                 )
 
             with span("statistics"):
-                shared.see(name, recipe, make, inputs, _real(inputs, scope.batch), scope.batch.index)
+                original = originals.take(name, scope.batch.index) if shifted else None
+                shared.see(name, recipe, make, inputs, real_rows(inputs, scope.batch), scope.batch.index, original)
 
         return scope.modules[name].register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -190,10 +248,10 @@ class SchemeModifier(Modifier):
         self, name: str, scope: Scope, statistic: Range, checks: list[tuple[int, str, Tensor]]
     ) -> RemovableHandle:
         def hook(module: nn.Module, positional: tuple[Any, ...], output: Tensor) -> None:
-            if not output.numel():
+            if not output.numel() or scope.batch.original:
                 return
             with span("statistics"):
-                statistic.add(output.detach(), _real(output, scope.batch))
+                statistic.add(output.detach(), real_rows(output, scope.batch))
                 low, high = statistic.extremes()
                 checks.append((scope.batch.index, name, (high - low).sum()))
 
@@ -262,7 +320,7 @@ def _observers(
     return chosen
 
 
-def _real(values: Tensor, batch: CurrentBatch) -> Tensor | None:
+def real_rows(values: Tensor, batch: CurrentBatch) -> Tensor | None:
     """Which of the values' rows are real tokens, in their leading shape; None where none is known to be padding."""
     mask = batch.token_mask
     if mask is None:
@@ -288,7 +346,7 @@ def _unit_range(module: nn.Module) -> MinMax:
     return statistic
 
 
-def _refuse_non_finite(groups: list[tuple[list[str], InputStatistics]], checks: list[tuple[int, str, Tensor]]) -> None:
+def refuse_non_finite(groups: list[tuple[list[str], InputStatistics]], checks: list[tuple[int, str, Tensor]]) -> None:
     """Raise for the earliest batch, and in it the module that ran first, whose values were not finite."""
     found: list[tuple[int, int, str, str]] = []
     for order, (names, statistics) in enumerate(groups):

@@ -7,7 +7,7 @@ start of the name, or the name of the module's class or one of its bases.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -27,7 +27,9 @@ from torch import nn
 
 from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError, nearest
 from fxcalib.math.finite import all_finite
-from fxcalib.modifiers.qargs import refuse_impossible
+from fxcalib.modifiers.formats import refuse_unstorable
+from fxcalib.modifiers.qargs import default_observer
+from fxcalib.modifiers.ties import is_embedding_tie
 from fxcalib.patterns import names_of
 
 QUANTIZABLE = (nn.Linear, nn.Embedding)
@@ -56,7 +58,7 @@ def build_schemes(
 
     Raises:
         OptionError: neither or both of `scheme` and `config_groups`; an unknown preset, field or observer; a group
-            size for a scheme without groups; a number of bits that no format has; an argument of another type.
+            size for a scheme without groups; a scheme that no checkpoint format holds; an argument of another type.
         TargetError: a `re:` pattern that is no regular expression.
     """
     target_list = names_of(targets, "target")
@@ -64,20 +66,24 @@ def build_schemes(
         raise OptionError("targets is empty, so nothing would be quantized; name modules or classes, such as 'Linear'")
     if (scheme is None) == (config_groups is None):
         raise OptionError("give either `scheme` (a preset such as 'W4A16') or `config_groups`, not both, not neither")
+    labels = ["scheme"]
     if scheme is None:
         if not isinstance(config_groups, Mapping) or not config_groups:
             raise OptionError(f"config_groups is {config_groups!r}; give a dict of names to schemes, at least one")
         schemes = [_group_scheme(name, value, target_list) for name, value in config_groups.items()]
+        labels = [f"config group {name!r}" for name in config_groups]
     elif isinstance(scheme, QuantizationScheme):
         schemes = [scheme.model_copy(deep=True)]
     elif isinstance(scheme, str):
         schemes = [_preset(scheme, target_list)]
+        labels = [f"scheme {scheme!r}"]
     elif not isinstance(scheme, Mapping):
         raise OptionError(
             f"scheme is {scheme!r}; give a preset's name, such as 'W4A16', a dict or a QuantizationScheme"
         )
     elif scheme and all(str(key).upper() in PRESET_SCHEMES for key in scheme):
         schemes = [_preset(name, value) for name, value in scheme.items()]
+        labels = [f"scheme {name!r}" for name in scheme]
     else:
         schemes = [_explicit("scheme", scheme, target_list)]
     owners: dict[str, int] = {}
@@ -86,16 +92,14 @@ def build_schemes(
         for target in each.targets:
             if owners.setdefault(target, number) != number:
                 raise OptionError(f"target {target!r} is in two config groups; each target may have one scheme")
-    for each in schemes:
+    for label, each in zip(labels, schemes, strict=True):
         if group_size is not None:
             _set_group_size(each, group_size)
         for role in _ROLES:
             args: QuantizationArgs | None = getattr(each, role)
-            if args is None:
-                continue
-            if observers and observers.get(role) is not None:
-                args.observer = observers[role]
-            refuse_impossible(role, args)
+            if args is not None:
+                args.observer = (observers or {}).get(role) or args.observer or default_observer(role, args)
+        refuse_unstorable(label, each)
     return schemes
 
 
@@ -111,23 +115,17 @@ def resolve(
     Raises:
         AlreadyQuantizedError: the model is quantized.
         TargetError: a target or ignore pattern that matches no module, or nothing is left to quantize.
-        OptionError: a group size that does not divide a layer's width; a weight that is tied to another module's;
+        OptionError: a group size that does not divide a layer's width; a weight tied to one that is no embedding's;
             activations of an embedding; a module that another modifier quantizes.
     """
-    _refuse_quantized(model)
+    refuse_quantized(model)
     names = dict(model.named_modules())
-    if ignore is None:
-        ignored = _output_head(model, names)
-    else:
-        ignored = names_of(ignore, "ignore pattern")
-        for pattern in ignored:
-            if not _matches(model, pattern):
-                raise TargetError(f"ignore pattern {pattern!r} matches no module: {_suggest(pattern, model)}")
+    ignored = ignored_patterns(model, ignore)
     owners = {target: scheme for scheme in schemes for target in scheme.targets}
     for target in owners:
         matched = [module for _, module in match_named_modules(model, [target])]
         if not matched:
-            raise TargetError(f"target {target!r} matches no module: {_suggest(target, model)}")
+            raise TargetError(f"target {target!r} matches no module: {suggest(target, model)}")
         if not any(isinstance(module, QUANTIZABLE) for module in matched):
             kinds = ", ".join(sorted({type(module).__name__ for module in matched}))
             raise TargetError(f"target {target!r} matches only {kinds}; Linear and Embedding modules can be quantized")
@@ -137,7 +135,7 @@ def resolve(
             scheme = owners[match_targets(name, module, list(owners))[0]]
             if any(getattr(scheme, role) is not None for role in _ROLES):
                 resolved[name] = scheme
-                _refuse_quantized_module(name, module)
+                refuse_quantized_module(name, module)
     if not resolved:
         raise TargetError(
             f"nothing to quantize: every module that {sorted(owners)} match is ignored by {ignored} or unquantized; "
@@ -155,9 +153,24 @@ def resolve(
             )
         if isinstance(module, nn.Embedding) and (scheme.input_activations or scheme.output_activations):
             raise OptionError(f"module {name!r} is an embedding: its weights can be quantized, not its activations")
-    _refuse_tied(model, names, resolved)
+    refuse_tied(model, [name for name in resolved if not is_embedding_tie(model, name)])
     _refuse_indivisible(names, resolved)
     return resolved
+
+
+def ignored_patterns(model: nn.Module, ignore: str | Sequence[str] | None) -> list[str]:
+    """What to leave alone, as names, classes or `re:` patterns: the output head for None.
+
+    Raises:
+        TargetError: a pattern that matches no module.
+    """
+    if ignore is None:
+        return output_head(model)
+    ignored = names_of(ignore, "ignore pattern")
+    for pattern in ignored:
+        if not _matches(model, pattern):
+            raise TargetError(f"ignore pattern {pattern!r} matches no module: {suggest(pattern, model)}")
+    return ignored
 
 
 def check_finite(name: str, module: nn.Module) -> None:
@@ -222,8 +235,9 @@ def _matches(model: nn.Module, pattern: str) -> bool:
     return any(is_match(name, module, pattern) for name, module in model.named_modules())
 
 
-def _output_head(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:
-    """Name of the module that makes logits: what transformers calls the output embeddings, else `lm_head`."""
+def output_head(model: nn.Module) -> list[str]:
+    """The name of the module that makes logits: what transformers calls the output embeddings, else `lm_head`."""
+    names = dict(model.named_modules())
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     found = [name for name, module in names.items() if module is head and name]
@@ -261,14 +275,16 @@ def _where_weights_are(model: nn.Module, ignored: set[str]) -> str:
     return f"name other targets, or ignore less than {sorted(ignored)}" if ignored else "name other targets"
 
 
-def _suggest(pattern: str, model: nn.Module) -> str:
+def suggest(pattern: str, model: nn.Module) -> str:
+    """A next step for a name or pattern that matches no module."""
     if pattern.startswith("re:"):
         return "a pattern is matched from the start of the module's name, such as 're:.*q_proj$'"
     classes = {type(module).__name__ for module in model.modules()}
     return nearest(pattern, classes | {name for name, _ in model.named_modules() if name})
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise AlreadyQuantizedError for a model that was loaded with a quantization config."""
     config = getattr(model, "config", None)
     existing = getattr(config, "quantization_config", None)
     if existing is not None:
@@ -278,26 +294,28 @@ def _refuse_quantized(model: nn.Module) -> None:
         )
 
 
-def _refuse_quantized_module(name: str, module: nn.Module) -> None:
+def refuse_quantized_module(name: str, module: nn.Module) -> None:
+    """Raise AlreadyQuantizedError for a module that an earlier run has quantized."""
     status = getattr(module, "quantization_status", None)
     # Another modifier of the same run leaves its modules initialized until it commits them.
     if is_module_quantized(module) and status != QuantizationStatus.INITIALIZED:
         raise AlreadyQuantizedError(f"module {name!r} is quantized already; start from the original checkpoint")
 
 
-def _refuse_tied(model: nn.Module, names: Mapping[str, nn.Module], resolved: Mapping[str, QuantizationScheme]) -> None:
+def refuse_tied(model: nn.Module, resolved: Iterable[str]) -> None:
+    """Raise OptionError for a module, among those of these names, whose weight another module has too."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in resolved:
-        weight = names[name].weight
-        others = [owner for owner in owners.get(id(weight), []) if owner != f"{name}.weight"]
+        module = model.get_submodule(name)
+        others = [owner for owner in owners.get(id(module.weight), []) if owner != f"{name}.weight"]
         # One module under two names is no tie: it is quantized once.
-        others = [owner for owner in others if names[owner.rpartition(".")[0]] is not names[name]]
+        others = [owner for owner in others if model.get_submodule(owner.rpartition(".")[0]) is not module]
         if others:
             raise OptionError(
                 f"the weight of {name!r} is tied to {', '.join(map(repr, others))}: a checkpoint holds it once, and "
-                "quantizing one would change the other; ignore the module, or untie the weights first"
+                "changing one would change the other; ignore the module, or untie the weights first"
             )
 
 

@@ -71,12 +71,15 @@ class _Books:
     facts: Facts
     inputs: frozenset[str]
     stored: set[str] = field(default_factory=set)
+    originals: set[str] = field(default_factory=set)
+    """Values that are stored as the original model has them, too."""
     loaded: int = 0
     statistics: int = 0
 
     def stored_bytes(self) -> int:
         # the caller keeps the batches themselves; what is stored of them on the host are the same tensors
-        own = self.stored if self.facts.stored_on_device else self.stored - self.inputs
+        given = frozenset[str]() if self.facts.stored_on_device else self.inputs
+        own = [*(self.stored - given), *(self.originals - given)]
         return sum(self.facts.values[name][1] for name in own)
 
     def moment(self, step: int | None, name: str, stored: int, working: int, copies: int = 0) -> Moment:
@@ -98,6 +101,7 @@ def moments(plan: Plan, parts: Sequence[Part], facts: Facts) -> tuple[Moment, ..
     books = _Books(facts, frozenset(plan.inputs))
     found = [Moment(None, "load", _without_zeros({"weights": facts.weights}), {})]
     books.stored = set(plan.inputs) if plan.passes else set()
+    books.originals = set(plan.inputs) if any(step.originals for step in plan.steps) else set()
     if facts.on_device and all(step.kind != "load" for step in plan.steps):
         books.loaded = facts.weights
     for index, step in enumerate(plan.steps):
@@ -110,6 +114,8 @@ def moments(plan: Plan, parts: Sequence[Part], facts: Facts) -> tuple[Moment, ..
             rehearsed = facts.rehearsed[step.subgraph, step.kind]
             before = books.stored_bytes()
             books.stored = (books.stored | set(step.writes)) - set(step.frees)
+            if step.originals is not None:
+                books.originals = (books.originals | set(step.originals.writes)) - set(step.originals.frees)
             if step.kind == "calibrate":
                 books.statistics = rehearsed.statistics_bytes
             again = any(s.sweeps and s.subgraph == step.subgraph for s in plan.steps[index + 1 :])
@@ -139,8 +145,9 @@ def moved(plan: Plan, facts: Facts) -> Moved:
         to_device += weights * (step.kind == "load")
         to_host += weights * (step.kind == "unload")
         if not facts.stored_on_device:
-            to_device += sum(facts.values[n][1] for n in step.reads)
-            to_host += sum(facts.values[n][1] for n in step.writes)
+            own = step.originals
+            to_device += sum(facts.values[n][1] for n in step.reads) * (1 if own is None else 2)
+            to_host += sum(facts.values[n][1] for n in (*step.writes, *(() if own is None else own.writes)))
     written = 0 if facts.saved is None else facts.saved.disk_bytes
     return Moved(facts.weights, to_device, to_host, written)
 

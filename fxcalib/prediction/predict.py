@@ -97,9 +97,12 @@ class _Prediction:
     ) -> None:
         self._model, self._name, self._flow, self._calibration = model, name, flow, calibration
         self._device, self._offload, self._auto = device, offload, auto
-        self._needs = [modifier.needs for modifier in flow.modifiers]
-        self._observes = any(need.observed for need in self._needs)
         given = without_cache(model, calibration.batch() if batch is None else batch)
+        self._observes = any(modifier.needs_data for modifier in flow.modifiers)
+        if self._observes:
+            for modifier in flow.modifiers:
+                modifier.prepare(model, given, device)
+        self._needs = [modifier.needs for modifier in flow.modifiers]
         mask = given.get("attention_mask")
         self._mask = mask.bool() if calibration.padded and isinstance(mask, torch.Tensor) else None
         if self._observes:

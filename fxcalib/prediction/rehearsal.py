@@ -104,7 +104,7 @@ class Rehearsal:
     def kind(self, subgraph: int, steps: Sequence[Step]) -> Hashable:
         """Equal for subgraphs that take the same: modules alike in class and sizes, values alike in shape and dtype."""
         modules = tuple(self._describe(m) for m in self.modules(subgraph).values())
-        passes = tuple((s.kind, s.modifiers, s.modules, len(s.reads), len(s.writes)) for s in steps)
+        passes = tuple((s.kind, s.modifiers, s.modules, len(s.reads), len(s.writes), s.originals and len(s.originals.writes)) for s in steps)
         if not isinstance(self._program, TracedProgram):
             return (subgraph, passes)
         part = self._program.partition[subgraph]
@@ -155,6 +155,12 @@ class Rehearsal:
 
     def _batch(self, step: Step, values: Mapping[str, Any], scope: Scope, index: int) -> None:
         scope.batch.index = index
+        if step.originals is not None:
+            scope.batch.original = True
+            self._program.run(
+                self._bound.variant, step.subgraph, values, self._bound.signature, step.originals.writes
+            )
+            scope.batch.original = False
         self._program.run(self._bound.variant, step.subgraph, values, self._bound.signature, step.writes)
 
     def _fake(self, name: str, subgraph: int) -> Any:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fxcalib.modifiers import GPTQModifier, Modifier
+from fxcalib.modifiers import GPTQModifier, Modifier, SparseGPTModifier
 from fxcalib.modifiers.scheme_modifier import SchemeModifier
+from fxcalib.modifiers.sparsity_modifier import SparsityModifier
 
 _FLOAT = 4
 _CANDIDATES = 22
@@ -45,12 +46,16 @@ def commit_of(
 
     A modifier that fxcalib does not bring is taken for one that rounds to nearest.
     """
-    chosen = {n: modules[n].weight for n in modules if n in names}
+    chosen = {n: getattr(modules[n], "weight", None) for n in modules if n in names}
     weights = {n: w for n, w in chosen.items() if isinstance(w, torch.Tensor)}
-    solved = [[n for n in group if n in weights] for group in shared] if isinstance(modifier, GPTQModifier) else []
-    parts = [_gptq([weights[n] for n in g], on_cuda) for group in solved if group for g in _alike(modifier, group)]
+    solves = isinstance(modifier, (GPTQModifier, SparseGPTModifier))
+    solved = [[n for n in group if n in weights] for group in shared] if solves else []
+    shifted = isinstance(modifier, GPTQModifier) and modifier.observes_originals
+    together = [group for members in solved if members for group in _alike(modifier, members)]
+    parts = [_gptq([weights[n] for n in group], on_cuda, shifted) for group in together]
     left = weights.keys() - {n for group in solved for n in group}
-    parts += [_nearest(weights[n]) for n in weights if n in left]
+    alone = _pruned if isinstance(modifier, SparsityModifier) else _nearest
+    parts += [alone(weights[n]) for n in weights if n in left]
     return Committed(
         max((p.working_bytes for p in parts), default=0), sum(p.flops for p in parts), sum(p.traffic for p in parts)
     )
@@ -66,7 +71,7 @@ def _alike(modifier: Modifier, names: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _gptq(weights: Sequence[torch.Tensor], on_cuda: bool) -> Committed:
+def _gptq(weights: Sequence[torch.Tensor], on_cuda: bool, shifted: bool) -> Committed:
     width = weights[0].shape[1]
     size = sum(w.numel() for w in weights)
     out = size // width
@@ -77,6 +82,11 @@ def _gptq(weights: Sequence[torch.Tensor], on_cuda: bool) -> Committed:
     # solve: the weight, what it is quantized to, its errors, each as (I, O) float32
     solving = hessian + stacked + 3 * size * _FLOAT
     flops = width**3 // 3 + 2 * out * width * width * 2
+    if shifted:
+        # correct: the factor with its diagonal beside the one without; the weights' share of the shift and what is
+        # solved from it. Their corrected values stay, in float32 and stacked once more.
+        solving = max(2 * hessian + 3 * size * _FLOAT, hessian + 5 * size * _FLOAT)
+        flops += 2 * out * width * width * 2
     search = _CANDIDATES * _SEARCH_PASSES * size * 2 * _FLOAT
     return Committed(max(factorizing, solving), flops, search)
 
@@ -86,3 +96,10 @@ def _nearest(weight: torch.Tensor) -> Committed:
     # the quantized weight in float32; then the original as float32 (where it is not) and its square
     arrays = 2 if weight.dtype == torch.float32 else 3
     return Committed(arrays * size * _FLOAT, 0, _CANDIDATES * _SEARCH_PASSES * size * 2 * _FLOAT)
+
+
+def _pruned(weight: torch.Tensor) -> Committed:
+    size = weight.numel()
+    # the scores, sorted, their order in int64, and two masks; each of them is written and read once
+    held = size * (2 * _FLOAT + 8 + 2)
+    return Committed(held, 0, 2 * held)

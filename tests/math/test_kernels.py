@@ -150,6 +150,26 @@ def test_solve_with_scales_found_on_the_way(grid: Grid, block_size: int) -> None
 
 @runs
 @pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("order", ["given", "activation"])
+def test_pruned_weights_become_zero(order: Order) -> None:
+    weight, hessian = problem(3)
+    grid, factor, pruned = (
+        Grid("int", 4, symmetric=False),
+        factorize(hessian, order=order),
+        torch.rand(OUT, WIDTH) < 0.5,
+    )
+    scales = scales_of(weight.masked_fill(pruned, 0.0), grid)
+    assert scales.zero_point is not None
+    expected = solve(weight, factor, grid, COLUMNS, scales, pruned_OI=pruned)
+    moved = QParams(scales.scale.to(DEVICE), scales.zero_point.to(DEVICE))
+    with fused():
+        found = solve(weight.to(DEVICE), there(factor), grid, COLUMNS, moved, pruned_OI=pruned.to(DEVICE))
+    assert bool((found.weight_OI.cpu()[pruned] == 0).all())
+    assert_alike(found, expected, weight, hessian)
+
+
+@runs
+@pytest.mark.usefixtures("plain")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
 def test_one_scale_of_a_whole_channel_and_values_that_are_not_finite() -> None:
     weight, hessian = problem(2)

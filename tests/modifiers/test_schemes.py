@@ -4,7 +4,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from layerwise import scope_of, tiny_llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from fxcalib.errors import AlreadyQuantizedError, NonFiniteWeightError, OptionError, TargetError
 from fxcalib.modifiers import GPTQModifier, QuantizationModifier
@@ -82,7 +82,7 @@ def test_observers_can_be_chosen() -> None:
         ({"scheme": "NVFP4", "group_size": 64}, r"weights per tensor_group of 16, fixed by its format"),
         ({"scheme": "W4A16", "group_size": 0}, r"group size 0 must be at least 1"),
         ({"scheme": "W4A16", "group_size": 64.0}, r"group size 64.0 must be a whole number of columns"),
-        ({"scheme": "W4A16", "kv_cache_scheme": {}}, r"kv_cache_scheme is not supported yet"),
+        ({"scheme": "W4A16", "kv_cache_scheme": "fp8"}, r"kv_cache_scheme is 'fp8'; give a dict such as"),
         ({"scheme": {"weights": {"num_bits": 0}}}, r"num_bits of weights is 0; int formats have 2, 3, .*, 8 bits"),
         ({"scheme": {"weights": {"num_bits": 1}}}, r"num_bits of weights is 1; int formats have 2, 3, .*, 8 bits"),
         ({"scheme": {"weights": {"num_bits": 17}}}, r"num_bits of weights is 17; int formats"),
@@ -166,10 +166,22 @@ def test_group_sizes_that_do_not_divide_name_layers_and_sizes() -> None:
     )
 
 
-def test_tied_weights_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"the weight of 'lm_head' is tied to 'model.embed_tokens.weight'"):
-        resolve(tiny_llama(tied=True), build_schemes("Linear", "W8A8", None), ignore=())
-    assert resolve(tiny_llama(tied=True), build_schemes("Linear", "W8A8", None))
+def test_tied_weights_are_refused_unless_they_are_input_and_output_embeddings() -> None:
+    model = tiny_llama(tied=True)
+    schemes = build_schemes("Linear", "W8A8", None)
+    assert "lm_head" not in resolve(model, schemes)
+    assert "lm_head" in resolve(model, schemes, ignore=())
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    message = r"the weight of 'model.layers.0.mlp.up_proj' is tied to 'model.layers.1.mlp.up_proj.weight': a checkpoint"
+    with pytest.raises(OptionError, match=message):
+        resolve(model, schemes)
+
+
+def test_embeddings_that_more_than_the_head_shares_are_refused() -> None:
+    """The config's word that they are tied means more in such models, so a checkpoint cannot take it back."""
+    config = T5Config(d_model=64, d_ff=64, num_layers=1, num_heads=2, d_kv=32, vocab_size=64)
+    with pytest.raises(OptionError, match=r"the weight of 'lm_head' is tied to 'shared.weight'"):
+        resolve(T5ForConditionalGeneration(config), build_schemes("lm_head", "W8A8", None), ignore=())
 
 
 def test_quantized_models_are_refused() -> None:

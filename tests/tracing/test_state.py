@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxcalib import QuantizationModifier, calibrate, partition, trace, wrapped
+from fxcalib.errors import ModelError
 from fxcalib.tracing import TraceError
 
 SEQUENTIAL = ("Linear", ["layers.1"])
@@ -49,11 +50,32 @@ def test_what_the_next_call_would_read_is_refused(cls: type[models.Stateful]) ->
     assert_unchanged(model, cls())
 
 
-def test_suspended_forwards_do_not_take_its_place() -> None:
-    """Those of several batches would share what is kept."""
-    model = models.KeepsHistory().requires_grad_(False)
-    with pytest.raises(TraceError, match="pipeline='basic'"):
-        calibrate(model, [batch(3), batch(2)], QuantizationModifier(scheme="FP8"), targets="layers.1", pipeline=None)
+def test_suspended_forwards_refuse_what_ties_batches_together() -> None:
+    model, batches = models.KeepsWhatALayerReturned(), [batch(3), batch(4)]
+    with pytest.raises(ModelError, match="changes its attribute first"), pytest.warns(UserWarning, match="suspended"):
+        calibrate(model, batches, QuantizationModifier(scheme="FP8"), targets="Linear", pipeline=None)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in REFUSED if cls is not models.KeepsWhatALayerReturned])
+def test_suspended_forwards_take_its_place(cls: type[models.Stateful]) -> None:
+    """What is kept is kept before the first layer, which all batches come to in order."""
+    torch.manual_seed(0)
+    model, batches = cls(), [batch(3), batch(4), batch(2)]
+    found = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="its own forwards are suspended"):
+        calibrate(found, batches, QuantizationModifier(scheme="FP8"), targets="Linear", pipeline=None)
+    seen: dict[str, list[torch.Tensor]] = {}
+    again = copy.deepcopy(found)
+    for name, value in cls.settings.items():
+        setattr(again, name, value() if callable(value) else value)
+    for name, layer in again.layers.named_children():
+        layer.register_forward_pre_hook(lambda m, args, n=name: seen.setdefault(n, []).append(args[0]))
+    with torch.no_grad():
+        for each in batches:
+            again(**each)
+    for name, layer in again.layers.named_children():
+        largest = max(inputs.abs().max() for inputs in seen[name][-len(batches) :])
+        torch.testing.assert_close(layer.input_scale.squeeze() * 448, largest, msg=name)
 
 
 def assert_unchanged(model: models.Stateful, fresh: models.Stateful) -> None:
