@@ -20,7 +20,6 @@ from fxcalib.profiling import span
 from fxcalib.programs import Bound, Program
 from fxcalib.progress import Progress
 from fxcalib.report import SubgraphReport
-from fxcalib.tracing.preserve import saved_tensors
 from fxcalib.weights import Residency
 
 
@@ -213,8 +212,7 @@ class _Run:
         with span("copies"):
             values = store.load(i, step.reads)
         self._current.original = True
-        with span("forward"), saved_tensors() as saved:
-            saved.save(self._program.buffers(step.subgraph))  # what the model counts is counted once a batch
+        with span("forward"), self._program.on_trial(step.subgraph):
             outputs = self._program.run(fact.variant, step.subgraph, values, fact.signature, originals.writes)
         self._current.original = False
         with span("copies"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -358,15 +358,6 @@ def _first_of(dataloader: Dataloader | None) -> tuple[Mapping[str, Any], Iterato
         return next(rest), rest
     except StopIteration:
         raise DataError("the dataloader yields no batch; pass at least one") from None
-
-
-def _hidden_bytes(model: nn.Module, batch: Mapping[str, Any], dataloader: object) -> int:
-    """Bytes of one hidden state of every token; 0 where batches cannot be counted, or hold no token ids."""
-    ids, embeddings = batch.get("input_ids"), getattr(model, "get_input_embeddings", None)
-    embedding = embeddings() if callable(embeddings) else None
-    if not isinstance(ids, torch.Tensor) or not isinstance(embedding, nn.Embedding) or not isinstance(dataloader, Sized):
-        return 0
-    return len(dataloader) * ids.numel() * embedding.embedding_dim * embedding.weight.element_size()
 
 
 def _prepared(model: nn.Module, batch: object, index: int) -> Mapping[str, Any]:

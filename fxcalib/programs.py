@@ -112,6 +112,13 @@ class Program(ABC):
             if changed:
                 raise out_of_step(f"its buffer {changed[0]} in place")
 
+    @contextmanager
+    def on_trial(self, subgraph: int) -> Iterator[None]:
+        """What a subgraph writes to buffers of the model is undone: what it counts is counted once a batch."""
+        with saved_tensors() as saved:
+            saved.save(self.buffers(subgraph))
+            yield
+
     @cached_property
     def _shared(self) -> Mapping[int, str]:
         """Modules that more than one subgraph calls, by id -> qualified name."""

@@ -37,7 +37,7 @@ class Transfers(ABC):
 
     @abstractmethod
     def expect(self, nbytes: int) -> None:
-        """Make ready for so many bytes to be parked in all."""
+        """Make ready for so many bytes to be parked."""
 
     @abstractmethod
     def drop(self, parked: Any) -> None:
@@ -185,12 +185,10 @@ class _PageLocked:
         self._locked: list[Tensor] = []
         self._next = _FIRST_SLAB
         self._coming: deque[Future[Tensor]] = deque()
-        self._prepared = 0
         weakref.finalize(self, _unlock_behind, self._locked).atexit = False
 
     def prepare(self, nbytes: int) -> None:
-        """Begin to lock memory in a thread until there is so much in all."""
-        nbytes, self._prepared = nbytes - self._prepared, max(nbytes, self._prepared)
+        """Begin to lock so much memory in a thread."""
         # one thread: several hold up whoever launches kernels more than they gain
         thread = ThreadPoolExecutor(1, thread_name_prefix="fxcalib-memory")
         while nbytes > 0:

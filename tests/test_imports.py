@@ -44,6 +44,11 @@ MAY_IMPORT = {
         "weights",
     },
     "experts": set(),
+    "recipes": {"recipes", "errors", "modifiers"},
+    "chat": {"errors"},
+    "multimodal": {"chat", "errors"},
+    "sources": {"chat", "embedded", "errors"},
+    "forward_state": {"programs", "tracing"},
     "checkpoint": {"errors", "experts", "loading", "report"},
     "loading": {"math", "errors"},
 }

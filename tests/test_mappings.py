@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -224,6 +225,63 @@ def test_merged_experts_and_routers_that_are_no_linear_modules(architecture: str
     assert read["model.layers.1.mlp.gate.weight"] == 1
     assert ("model.layers.1.mlp.shared_experts.up_proj.weight" in read) == (architecture == "DeepseekV3")
     assert_unchanged_by_folding(model, found.mappings)
+
+
+class Glue(nn.Module):
+    """Two linear modules and what lies between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(8, 12), nn.Linear(width, 4), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(self.between(self.first(x)))
+        return result
+
+
+FOLLOWED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "heads": (lambda x: x.view(*x.shape[:2], 3, 4).transpose(1, 2).permute(0, 2, 1, 3).flatten(2), 12),
+    "tokens": (lambda x: x.reshape(-1, 12)[None], 12),
+    "heads repeated": (lambda x: x.unflatten(-1, (3, 4)).unsqueeze(3).expand(-1, -1, -1, 2, -1).flatten(2), 24),
+    "heads interleaved": (lambda x: x.unflatten(-1, (3, 4)).repeat_interleave(2, -1).flatten(2), 24),
+    "halves": (lambda x: torch.cat([x[..., 6:], -x[..., :6]], -1), 12),
+    "gate": (lambda x: torch.tanh(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], 6),
+    "pieces": (lambda x: x.split([4, 8], -1)[1] / 3 + x.split([4, 8], -1)[1] * 2, 8),
+    "beside zeros": (lambda x: torch.cat([torch.zeros_like(x[..., :2]), x], -1), 14),
+    "unbound": (lambda x: x.unflatten(-1, (2, 6)).unbind(2)[1], 6),
+    "rows": (lambda x: x[:, torch.arange(3)], 12),
+    "average": (lambda x: torch.ones(x.shape[1], x.shape[1]).softmax(-1) @ x, 12),
+    "relu": (lambda x: torch.relu(x).abs(), 12),
+    "hidden": (lambda x: x.masked_fill(torch.ones(12, dtype=torch.bool), 0.0), 12),
+    "hidden in place": (lambda x: x.masked_fill_(torch.arange(12) > 5, 0.0).mul_(2), 12),
+}
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "shifted": (lambda x: x + 1, 12),
+    "squared": (lambda x: x * x, 12),
+    "divisor": (lambda x: 1 / (3 + x), 12),
+    "mixed": (lambda x: x + x.flip(-1), 12),
+    "other channels": (lambda x: x[..., :6] + x[..., 6:], 6),
+    "softmax": (lambda x: x.softmax(-1), 12),
+    "product": (lambda x: x @ torch.ones(12, 12), 12),
+    "filled with ones": (lambda x: x.masked_fill(torch.arange(12) > 5, 1.0), 12),
+    "added in place": (lambda x: x.add_(1), 12),
+    "normalized": (lambda x: nn.functional.layer_norm(x, (12,)), 12),
+}
+
+
+@pytest.mark.parametrize("name", [*FOLLOWED, *REFUSED])
+def test_operations_between_source_and_reader(name: str) -> None:
+    between, width = {**FOLLOWED, **REFUSED}[name]
+    torch.manual_seed(0)
+    model = Glue(between, width)
+    found = derive(model, {"x": torch.randn(2, 5, 8)}).mappings
+    assert [(m.source, [r.module for r in m.readers]) for m in found] == [("first", ["second"])] * (name in FOLLOWED)
+    x = torch.randn(3, 7, 8)
+    with torch.no_grad():
+        before = model(x)
+        for mapping in found:
+            fold(model, mapping, seed=0)
+        assert torch.allclose(model(x), before, atol=1e-5)
 
 
 class Residual(nn.Module):

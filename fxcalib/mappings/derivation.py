@@ -118,7 +118,7 @@ class _Derivation:
         name = str(node.target._schema.name).rpartition("::")[-1]
         if node.target._schema.is_mutable:
             if values and rules.keeps(name, args, kwargs):
-                return result.with_labels(args[0].labels)
+                return result.with_labels(values[0].labels)
             self._ledger.freeze(values, f"the operation {name}")
             return result
         found = rules.apply(name, args, kwargs, [each.shape for each in results], self._ledger)

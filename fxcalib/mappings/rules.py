@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -209,14 +209,17 @@ def _unbind(args: Sequence[Any], kwargs: dict[str, Any], shapes: Sequence[Shape]
 
 
 def _index(args: Sequence[Any], kwargs: dict[str, Any], shapes: Sequence[Shape]) -> Result:
-    """Rows chosen along the first dimensions, along which nothing varies."""
+    """Chosen at one or more neighbouring dimensions, along which nothing varies."""
     value, indices = args[0], args[1]
     labels = value.labels
-    if labels is None or any(index is None for index in indices) or any(value.varies(d) for d in range(len(indices))):
+    chosen = [dim for dim, index in enumerate(indices) if index is not None]
+    first, after = chosen[0], chosen[-1] + 1
+    together = len(chosen) == after - first
+    if labels is None or not together or any(value.varies(dim) for dim in chosen):
         raise NoRule
-    kept = labels.shape[len(indices) :]
-    chosen: Tensor = labels.reshape((1,) * (len(shapes[0]) - len(kept)) + tuple(kept))
-    return chosen
+    kept = (*labels.shape[:first], *labels.shape[after:])
+    shape = (*kept[:first], *(1,) * (len(shapes[0]) - len(kept)), *kept[first:])
+    return cast(Tensor, labels.reshape(shape))
 
 
 def _repeat_interleave(args: Sequence[Any], kwargs: dict[str, Any], shapes: Sequence[Shape]) -> Result:

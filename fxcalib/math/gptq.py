@@ -122,20 +122,20 @@ def factorize(hessian_II: Tensor, dampening_frac: float = 0.01, order: Order = "
     return Factor(lower, factor_diagonal, flipped, damping, notes)
 
 
-def corrected(weight_OI: Tensor, factor: Factor, shift_II: Tensor) -> Tensor:
-    """The weight (O, I) float32 whose outputs on its inputs X are nearest to those of `weight_OI` on inputs Y.
+def corrected(weight_OI: Tensor, factor: Factor, shift_II: Tensor, strength: float = 1.0) -> Tensor:
+    """A weight (O, I) float32 whose outputs on its inputs X are near to those of `weight_OI` on inputs Y.
 
-    `shift_II` is (Y - X)^T X; the result is W + W (Y - X)^T X H^-1 with the damped Hessian of `factor`. The squared
+    `shift_II` is (Y - X)^T X. W + W (Y - X)^T X H^-1, with the damped Hessian of `factor`, is nearest: the squared
     distance of any Q to the outputs on Y, ||X Q^T - Y W^T||^2, is that of Q to this weight under H plus a number that
-    Q does not change: quantizing it as usual is quantizing for the original outputs (the asymmetric objective of Li et
-    al. 2025, "GPTAQ", and Zhang et al. 2025, "Qronos").
+    Q does not change, so that quantizing it as usual is quantizing for the original outputs (the asymmetric objective
+    of Li et al. 2025, "GPTAQ", and Zhang et al. 2025, "Qronos"). Only `strength` of the way is gone.
     """
     # first the columns of the shift: its product with the weight, then one solve with the factor
     moved_IO = (weight_OI.float() @ shift_II).t()[factor.order_I]
     lower_II = factor.lower_II * factor.diagonal_I
     update_IO = torch.cholesky_solve(moved_IO, lower_II)
     result_IO = torch.empty_like(update_IO).index_copy_(0, factor.order_I, update_IO)
-    return weight_OI.float() + result_IO.t()
+    return torch.add(weight_OI.float(), result_IO.t(), alpha=strength)
 
 
 def solve(

@@ -41,6 +41,7 @@ class AWQModifier(SmoothingModifier):
             a trace of the model shows.
         duo_scaling: whether scales depend on the weights as well as on the activations; `both` tries either.
         n_grid: how many strengths are tried.
+        offload_device: changes nothing, as no activations are kept; llm-compressor's recipes name it.
         clip: whether the ranges of weights in groups are clipped for least output error; only with a `scheme`.
         scheme, config_groups, targets, ignore, group_size, ...: as `QuantizationModifier` has them; `ignore` names
             modules that are not quantized.

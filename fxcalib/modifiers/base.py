@@ -109,7 +109,7 @@ class Modifier(ABC):
     def attach(self, model: nn.Module) -> None:
         """Resolve targets and put schemes and quantization parameters onto modules."""
 
-    def prepare(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> None:
+    def prepare(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
         """Learn what it has to of how `model(**batch)` runs on `device`; `needs` may change, nothing else.
 
         Weights may lie on the meta device. Most modifiers know all that they need once they are attached.

@@ -17,6 +17,7 @@ from fxcalib.modifiers.qargs import describe
 from fxcalib.modifiers.scheme_modifier import SchemeModifier, elapsed
 from fxcalib.modifiers.sharing import InputStatistics
 from fxcalib.modifiers.weights import pruned_part, round_to_nearest, solve_together
+from fxcalib.patterns import names_of
 
 _ORDERS = ("static", "weight")
 _REMOVED_ORDERS = ("group", "dynamic")
@@ -37,9 +38,11 @@ class GPTQModifier(SchemeModifier):
             with scales found beforehand; the stored format does not change. None keeps their order and finds each
             group's scale when it is reached. An `actorder` in the scheme itself goes first.
         asymmetric: solve for the outputs that modules have in the original model, on the inputs that they have in the
-            compressed one, so that later modules make up for the errors of earlier ones. Takes one more forward of
-            each layer, and memory for the original model's values between layers. Without propagation of errors both
-            inputs are the same, and it changes nothing.
+            compressed one, so that later modules make up for the errors of earlier ones. Unless told otherwise, the
+            model is then cut at the targets themselves: within a layer that is calibrated as a whole, a module would
+            make up for what the modules before it are about to correct. Takes one more forward of the model, and
+            memory for the original model's values. Without propagation of errors both inputs are the same, and it
+            changes nothing.
         targets, scheme, config_groups, ignore, group_size, weight_observer, input_observer, output_observer, observer,
             kv_cache_scheme: as `QuantizationModifier` has them.
 
@@ -72,6 +75,8 @@ class GPTQModifier(SchemeModifier):
         if not isinstance(asymmetric, bool):
             raise OptionError(f"asymmetric is {asymmetric!r}; give True or False")
         self.observes_originals = asymmetric
+        if asymmetric and self.sequential_targets is None:
+            self.sequential_targets = names_of(targets, "target")
         self._block_size = block_size
         self._dampening_frac = dampening_frac
         for scheme_ in self._schemes:
@@ -101,7 +106,7 @@ class GPTQModifier(SchemeModifier):
         *,
         last: bool,
     ) -> list[ModuleResult]:
-        """Quantize modules of the same inputs and weight arguments; the `last` of these inputs let go of the Hessian."""
+        """Quantize modules of the same inputs and weight arguments; the `last` of them lets go of the Hessian."""
         began = time.perf_counter()
         args = self.scheme_of(names[0]).weights
         if args is None:

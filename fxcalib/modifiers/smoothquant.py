@@ -42,7 +42,8 @@ class SmoothQuantModifier(SmoothingModifier):
     """Divide channels of activations by factors that the weights which read them are multiplied by.
 
     Xiao et al. 2023, "SmoothQuant: accurate and efficient post-training quantization for large language models". It
-    quantizes nothing itself: give it before a modifier that does, as `[SmoothQuantModifier(), GPTQModifier("W8A8")]`.
+    quantizes nothing itself: give it before a modifier that does, as in
+    `[SmoothQuantModifier(), GPTQModifier(scheme="W8A8")]`.
 
     Args:
         smoothing_strength: how much of the activations' range moves into the weights, 0 to 1 (alpha of the paper).

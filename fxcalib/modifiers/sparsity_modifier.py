@@ -253,6 +253,8 @@ def observed_inputs(
             inputs = positional[0] if positional else keywords.get("input")
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or not inputs.numel():
                 return
+            if scope.batch.original:
+                return
             with span("statistics"):
                 real = real_rows(inputs, scope.batch)
                 shared.see(name, None, lambda: begin(inputs), inputs, real, scope.batch.index)

@@ -25,6 +25,10 @@ Rounding to nearest searches its scales by it: where channels were scaled up bec
 the weights says little.
 """
 
+_CORRECTION = 0.5
+"""How far weights go towards the outputs of the original model. The whole way fits the noise of the calibration data:
+on SmolLM2 (W4A16, groups of 64, cut at each module) the KL divergence is 0.227 without, 0.160 half way, 0.199 whole."""
+
 
 @dataclass(frozen=True)
 class WeightFormat:
@@ -125,7 +129,7 @@ def solve_together(
     """
     weights = [module.weight.detach() for module in modules if isinstance(module.weight, Tensor)]
     if shift_II is not None:
-        weights = [corrected(weight, factor, shift_II) for weight in weights]
+        weights = [corrected(weight, factor, shift_II, _CORRECTION) for weight in weights]
     shared = [shared_global_scale(module) for module in modules]
     formats = [WeightFormat.of(weight, args, scale) for weight, scale in zip(weights, shared, strict=True)]
     grouped = formats[0].granularity.strategy == "group"

@@ -104,7 +104,10 @@ class Rehearsal:
     def kind(self, subgraph: int, steps: Sequence[Step]) -> Hashable:
         """Equal for subgraphs that take the same: modules alike in class and sizes, values alike in shape and dtype."""
         modules = tuple(self._describe(m) for m in self.modules(subgraph).values())
-        passes = tuple((s.kind, s.modifiers, s.modules, len(s.reads), len(s.writes), s.originals and len(s.originals.writes)) for s in steps)
+        passes = tuple(
+            (s.kind, s.modifiers, s.modules, len(s.reads), len(s.writes), s.originals and len(s.originals.writes))
+            for s in steps
+        )
         if not isinstance(self._program, TracedProgram):
             return (subgraph, passes)
         part = self._program.partition[subgraph]
@@ -157,9 +160,7 @@ class Rehearsal:
         scope.batch.index = index
         if step.originals is not None:
             scope.batch.original = True
-            self._program.run(
-                self._bound.variant, step.subgraph, values, self._bound.signature, step.originals.writes
-            )
+            self._program.run(self._bound.variant, step.subgraph, values, self._bound.signature, step.originals.writes)
             scope.batch.original = False
         self._program.run(self._bound.variant, step.subgraph, values, self._bound.signature, step.writes)
 

@@ -193,4 +193,3 @@ def test_importance_is_the_variance_that_later_channels_leave_unexplained() -> N
         column, later = order[position], order[position + 1 :]
         explained = h[column, later] @ torch.linalg.solve(h[later][:, later], h[later, column])
         assert float(factor.importance()[column]) == pytest.approx(float(h[column, column] - explained), rel=1e-2)
-

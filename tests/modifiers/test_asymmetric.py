@@ -79,7 +79,7 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     inputs, originals = found[True].layers[0](x).tanh(), model.layers[0](x).tanh()
     wanted = originals @ model.layers[1].weight.T
     errors = {k: (inputs @ each.layers[1].weight.T - wanted).square().sum() for k, each in found.items()}
-    assert errors[True] < 0.9 * errors[False]
+    assert errors[True] < 0.95 * errors[False]
 
 
 @pytest.mark.parametrize("padded", [False, True])
