@@ -277,7 +277,7 @@ def test_owl_without_its_look_at_the_model_is_refused() -> None:
 QUANTIZERS = [
     GPTQModifier(scheme="W4A16", group_size=32),
     GPTQModifier(scheme="W4A16_ASYM", group_size=32, actorder=None),
-    GPTQModifier(scheme="W4A16", group_size=32, asymmetric=True),
+    GPTQModifier(scheme="W4A16", group_size=32, asymmetric=True, sequential_targets="LlamaDecoderLayer"),
     GPTQModifier(scheme="W8A8"),
     GPTQModifier(scheme="FP8"),
     QuantizationModifier(scheme="W4A16_ASYM", group_size=32),
