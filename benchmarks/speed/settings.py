@@ -22,13 +22,13 @@ class Setting:
 
 FXCALIB: dict[str, tuple[Setting, ...]] = {
     "cuda": (
-        Setting("offload cpu", 4, {"offload": "cpu"}),
-        Setting("offload none", 4, {"offload": "none"}),
-        Setting("offload none, min-max scales", 4, {"offload": "none"}, observer="minmax"),
+        Setting("offload cpu", 2, {"offload": "cpu"}),
+        Setting("offload none", 2, {"offload": "none"}),
+        Setting("offload none, min-max scales", 2, {"offload": "none"}, observer="minmax"),
     ),
     "cpu": (Setting("batch 4", 4), Setting("batch 4, min-max scales", 4, observer="minmax")),
 }
-"""Device -> rows. Batches of 4 are what `fxcalib.quantize` makes of these samples unless told otherwise."""
+"""Device -> rows. The batches are those that `fxcalib.quantize` makes of these samples unless told otherwise."""
 
 _ON_DEVICE = {"sequential_offload_device": "cuda", "sequential_prefetch": True}
 LLMCOMPRESSOR: dict[str, tuple[Setting, ...]] = {
